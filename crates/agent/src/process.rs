@@ -1,0 +1,112 @@
+//! One process of a container: its streams, and its exit for whoever asks, before or after the fact.
+
+use std::{os::fd::AsFd, os::fd::OwnedFd, sync::Arc};
+
+use rustix::io::Errno;
+use tokio::sync::watch;
+
+use crate::{
+    error::{During, Error, Result},
+    reaper::{OnExit, Spawning},
+    stream::{Exit, Streams},
+    sys,
+};
+
+/// A process that was started in a container and whose exit the reaper reports.
+pub(crate) struct Process {
+    pid: i32,
+    pidfd: OwnedFd,
+    exit: watch::Sender<Option<i32>>,
+    /// Its standard streams.
+    pub(crate) streams: Streams,
+}
+
+impl Process {
+    /// Takes over a process that was spawned under `spawning`. `on_exit` runs once its exit is known to all who wait.
+    pub(crate) fn adopt(
+        process: bulkhead_executor::Process,
+        pipe_size: usize,
+        spawning: &Spawning,
+        on_exit: OnExit,
+    ) -> Result<Arc<Process>> {
+        let pid = process.pid;
+        let streams = Streams::new(process.streams, pipe_size)
+            .during(|| format!("watch the streams of process {pid}"))?;
+        let process =
+            Arc::new(Process { pid, pidfd: process.pidfd, exit: watch::Sender::new(None), streams });
+        let exiting = Arc::clone(&process);
+        let announce = move |code| {
+            exiting.exit.send_replace(Some(code));
+            exiting.streams.stdin.abandon();
+            on_exit(code);
+        };
+        spawning.claim(pid, process.pidfd.as_fd(), Box::new(announce));
+        Ok(process)
+    }
+
+    /// Its exit code, once it has ended.
+    pub(crate) fn exit_code(&self) -> Option<i32> {
+        *self.exit.borrow()
+    }
+
+    /// Its exit, to be waited for.
+    pub(crate) fn exit(&self) -> Exit {
+        self.exit.subscribe()
+    }
+
+    /// Waits for its end. Any number of callers, at any time.
+    pub(crate) async fn wait(&self) -> i32 {
+        let mut exit = self.exit();
+        // The sender lives as long as `self`, so there always is a code in the end.
+        exit.wait_for(Option::is_some).await.ok().and_then(|code| *code).unwrap_or(255)
+    }
+
+    /// Sends a signal. One that comes too late is no error: what it was meant for has happened.
+    pub(crate) fn signal(&self, signal: i32) -> Result<()> {
+        match sys::pidfd_send_signal(self.pidfd.as_fd(), signal) {
+            Err(error) if error.raw_os_error() == Some(Errno::SRCH.raw_os_error()) => Ok(()),
+            Err(error) if error.raw_os_error() == Some(Errno::INVAL.raw_os_error()) => {
+                Err(Error::Invalid(format!("{signal} is not a signal")))
+            }
+            sent => sent.during(|| format!("send signal {signal} to process {}", self.pid)),
+        }
+    }
+
+    /// Sends a signal to a container's init. The kernel drops a SIGTERM to the first process of a pid namespace that has
+    /// no handler for it, and a container would seem to ignore its stop; it gets SIGKILL instead.
+    pub(crate) fn signal_init(&self, signal: i32) -> Result<()> {
+        let deaf = signal == libc::SIGTERM
+            && std::fs::read_to_string(format!("/proc/{}/status", self.pid))
+                .is_ok_and(|status| drops_sigterm(&status));
+        self.signal(if deaf { libc::SIGKILL } else { signal })
+    }
+}
+
+/// Whether `/proc/<pid>/status` tells of a first process of its pid namespace that neither blocks, ignores nor handles
+/// SIGTERM.
+fn drops_sigterm(status: &str) -> bool {
+    let field = |name: &str| status.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
+    let first = field("NSpid").and_then(|pids| pids.split_whitespace().last()) == Some("1");
+    let bit = 1u64 << (libc::SIGTERM - 1);
+    let set =
+        |name| field(name).and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok()).unwrap_or(u64::MAX);
+    first && ["SigBlk", "SigIgn", "SigCgt"].into_iter().all(|name| set(name) & bit == 0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_first_process_that_does_nothing_about_it_drops_sigterm() {
+        let status = |pids: &str, caught: &str| {
+            format!(
+                "Name:\tx\nNSpid:\t{pids}\nSigBlk:\t0000000000000000\nSigIgn:\t0000000000000000\nSigCgt:\t{caught}\n"
+            )
+        };
+        assert!(drops_sigterm(&status("812\t1", "0000000000000000")));
+        assert!(!drops_sigterm(&status("812\t1", "0000000000004000")), "it has a handler");
+        assert!(!drops_sigterm(&status("812\t7", "0000000000000000")), "not a first process");
+        assert!(!drops_sigterm("Name:\tx\n"), "when in doubt the signal stays what it is");
+    }
+}

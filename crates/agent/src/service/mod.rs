@@ -1,0 +1,172 @@
+//! The agent's RPCs: one line of the table each, one method in its family's file.
+
+mod container;
+mod health;
+mod process;
+mod sandbox;
+mod system;
+
+use std::{collections::HashMap, sync::Arc};
+
+use async_trait::async_trait;
+use bulkhead_protocol::{
+    Empty,
+    agent::{self, *},
+    agent_ttrpc::{AgentService, create_agent_service},
+    csi::VolumeStatsResponse,
+    health_ttrpc::create_health,
+    types::Interface,
+};
+use ttrpc::r#async::TtrpcContext;
+
+use crate::{error::Error, metrics::Metrics, sandbox::Sandbox};
+
+/// What every RPC works on.
+pub(crate) struct Service {
+    sandbox: Arc<Sandbox>,
+    metrics: Metrics,
+}
+
+/// Everything the agent's server offers.
+pub(crate) fn services(sandbox: Arc<Sandbox>, metrics: Metrics) -> HashMap<String, ttrpc::r#async::Service> {
+    let mut services = create_agent_service(Arc::new(Service { sandbox, metrics }));
+    services.extend(create_health(Arc::new(health::Health)));
+    services
+}
+
+macro_rules! agent_service {
+    (
+        built { $($method:ident($request:ty) -> $reply:ty = $family:ident::$function:ident;)* }
+        unbuilt { $($name:literal $unbuilt:ident($unbuilt_request:ty) -> $unbuilt_reply:ty;)* }
+    ) => {
+        #[async_trait]
+        impl AgentService for Service {
+            $(async fn $method(&self, _: &TtrpcContext, request: $request) -> ttrpc::Result<$reply> {
+                Ok($family::$function(self, request).await?)
+            })*
+            $(async fn $unbuilt(&self, _: &TtrpcContext, _: $unbuilt_request) -> ttrpc::Result<$unbuilt_reply> {
+                Err(Error::Unsupported(concat!("the request ", $name).into()).into())
+            })*
+        }
+    };
+}
+
+agent_service! {
+    built {
+        create_sandbox(CreateSandboxRequest) -> Empty = sandbox::create;
+        destroy_sandbox(DestroySandboxRequest) -> Empty = sandbox::destroy;
+        get_oom_event(GetOOMEventRequest) -> OOMEvent = sandbox::oom_event;
+
+        create_container(CreateContainerRequest) -> Empty = container::create;
+        start_container(StartContainerRequest) -> Empty = container::start;
+        remove_container(RemoveContainerRequest) -> Empty = container::remove;
+        update_container(UpdateContainerRequest) -> Empty = container::update;
+        stats_container(StatsContainerRequest) -> StatsContainerResponse = container::stats;
+        pause_container(PauseContainerRequest) -> Empty = container::pause;
+        resume_container(ResumeContainerRequest) -> Empty = container::resume;
+
+        exec_process(ExecProcessRequest) -> Empty = process::exec;
+        signal_process(SignalProcessRequest) -> Empty = process::signal;
+        wait_process(WaitProcessRequest) -> WaitProcessResponse = process::wait;
+        write_stdin(WriteStreamRequest) -> WriteStreamResponse = process::write_stdin;
+        close_stdin(CloseStdinRequest) -> Empty = process::close_stdin;
+        read_stdout(ReadStreamRequest) -> ReadStreamResponse = process::read_stdout;
+        read_stderr(ReadStreamRequest) -> ReadStreamResponse = process::read_stderr;
+        tty_win_resize(TtyWinResizeRequest) -> Empty = process::resize;
+
+        get_guest_details(GuestDetailsRequest) -> GuestDetailsResponse = system::details;
+        get_metrics(GetMetricsRequest) -> agent::Metrics = system::metrics;
+        reseed_random_dev(ReseedRandomDevRequest) -> Empty = system::reseed;
+        set_guest_date_time(SetGuestDateTimeRequest) -> Empty = system::set_time;
+    }
+    unbuilt {
+        "AddARPNeighbors" add_arp_neighbors(AddARPNeighborsRequest) -> Empty;
+        "AddSwap" add_swap(AddSwapRequest) -> Empty;
+        "AddSwapPath" add_swap_path(AddSwapPathRequest) -> Empty;
+        "CopyFile" copy_file(CopyFileRequest) -> Empty;
+        "GetDiagnosticData" get_diagnostic_data(GetDiagnosticDataRequest) -> GetDiagnosticDataResponse;
+        "GetIPTables" get_ip_tables(GetIPTablesRequest) -> GetIPTablesResponse;
+        "GetVolumeStats" get_volume_stats(VolumeStatsRequest) -> VolumeStatsResponse;
+        "ListInterfaces" list_interfaces(ListInterfacesRequest) -> Interfaces;
+        "ListRoutes" list_routes(ListRoutesRequest) -> Routes;
+        "MemAgentCompactSet" mem_agent_compact_set(MemAgentCompactConfig) -> Empty;
+        "MemAgentMemcgSet" mem_agent_memcg_set(MemAgentMemcgConfig) -> Empty;
+        "MemHotplugByProbe" mem_hotplug_by_probe(MemHotplugByProbeRequest) -> Empty;
+        "OnlineCPUMem" online_cpu_mem(OnlineCPUMemRequest) -> Empty;
+        "RemoveStaleVirtiofsShareMounts"
+            remove_stale_virtiofs_share_mounts(RemoveStaleVirtiofsShareMountsRequest) -> Empty;
+        "ResizeVolume" resize_volume(ResizeVolumeRequest) -> Empty;
+        "SetIPTables" set_ip_tables(SetIPTablesRequest) -> SetIPTablesResponse;
+        "SetPolicy" set_policy(SetPolicyRequest) -> Empty;
+        "UpdateEphemeralMounts" update_ephemeral_mounts(UpdateEphemeralMountsRequest) -> Empty;
+        "UpdateInterface" update_interface(UpdateInterfaceRequest) -> Interface;
+        "UpdateRoutes" update_routes(UpdateRoutesRequest) -> Routes;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{sync::OnceLock, time::Duration};
+
+    use bulkhead_protocol::protobuf::Enum;
+
+    use super::*;
+    use crate::{
+        boot::{Guest, Times},
+        cmdline::Config,
+    };
+
+    const UNBUILT: [&str; 20] = [
+        "AddARPNeighbors",
+        "AddSwap",
+        "AddSwapPath",
+        "CopyFile",
+        "GetDiagnosticData",
+        "GetIPTables",
+        "GetVolumeStats",
+        "ListInterfaces",
+        "ListRoutes",
+        "MemAgentCompactSet",
+        "MemAgentMemcgSet",
+        "MemHotplugByProbe",
+        "OnlineCPUMem",
+        "RemoveStaleVirtiofsShareMounts",
+        "ResizeVolume",
+        "SetIPTables",
+        "SetPolicy",
+        "UpdateEphemeralMounts",
+        "UpdateInterface",
+        "UpdateRoutes",
+    ];
+
+    fn context() -> TtrpcContext {
+        TtrpcContext {
+            mh: Default::default(),
+            metadata: HashMap::new(),
+            timeout_nano: 0,
+            connection_data: Default::default(),
+        }
+    }
+
+    /// Asks every RPC of the service, with an empty request, over the dispatch table of the server.
+    #[tokio::test]
+    async fn what_is_not_built_says_so_and_nothing_else_does() {
+        let times = Times { started: Duration::ZERO, listening: Arc::new(OnceLock::new()) };
+        let sandbox = Sandbox::new(Arc::new(Guest::plain()), Config::default());
+        let services = services(sandbox, Metrics::new(times));
+        let mut unbuilt = Vec::new();
+        for (name, method) in &services["grpc.AgentService"].methods {
+            let answer = method.handler(context(), ttrpc::Request::default());
+            // GetOOMEvent waits for an event.
+            let Ok(answer) = tokio::time::timeout(Duration::from_secs(1), answer).await else { continue };
+            let answer = answer.unwrap();
+            if answer.status.code.value() == ttrpc::Code::UNIMPLEMENTED.value() {
+                assert!(answer.status.message.contains(name.as_str()), "{}", answer.status.message);
+                unbuilt.push(name.as_str());
+            }
+            assert_ne!(answer.status.code.value(), ttrpc::Code::NOT_FOUND.value(), "{name} is in no table");
+        }
+        unbuilt.sort_unstable();
+        assert_eq!(unbuilt, UNBUILT);
+    }
+}

@@ -1,0 +1,124 @@
+//! The guest's initial root: the agent as `/init`, and the modules it loads.
+//!
+//! ```text
+//! /init                                     the agent, static
+//! /lib/bulkhead/modules/early/NNN-<name>.ko loaded before it listens, in the order of their names
+//! /lib/bulkhead/modules/late/NNN-<name>.ko  loaded meanwhile
+//! ```
+//!
+//! Neither the archive nor the modules are compressed: reading a few more megabytes costs less than unpacking them at
+//! each boot, by far so where there is no hardware virtualization.
+
+use std::path::{Path, PathBuf};
+
+use crate::cpio::Archive;
+use crate::elf::Elf;
+use crate::modules::{self, EARLY, LATE, Module, Modules};
+
+/// Why there is no initramfs.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// Modules.
+    #[error(transparent)]
+    Modules(#[from] modules::Error),
+    /// The agent cannot be read.
+    #[error(transparent)]
+    Read(#[from] crate::ReadError),
+    /// The agent is not a program.
+    #[error("{} is no 64-bit ELF program, so it cannot be the guest's /init", .0.display())]
+    NotElf(PathBuf),
+    /// The agent needs libraries, and there are none in the guest.
+    #[error("{} is dynamically linked, so it cannot be the guest's /init: build it with `-C target-feature=+crt-static`", .0.display())]
+    NotStatic(PathBuf),
+    /// Something too large.
+    #[error("cannot make the archive")]
+    Archive(#[source] std::io::Error),
+}
+
+/// The initramfs for the kernel of this `lib/modules/<release>` directory, with this program as `/init`.
+pub fn build(modules: &Path, agent: &Path) -> Result<Vec<u8>, Error> {
+    let tree = Modules::open(modules)?;
+    let early = tree.resolve(EARLY, &[])?;
+    let late = tree.resolve(LATE, &early)?;
+
+    let mut archive = Archive::new();
+    archive.file("init", 0o755, read_static(agent)?);
+    add(&mut archive, "early", &early)?;
+    add(&mut archive, "late", &late)?;
+    archive.to_bytes().map_err(Error::Archive)
+}
+
+fn add(archive: &mut Archive, stage: &str, modules: &[Module]) -> Result<(), Error> {
+    for (index, module) in modules.iter().enumerate() {
+        let path = format!("lib/bulkhead/modules/{stage}/{index:03}-{}.ko", module.name);
+        archive.file(&path, 0o644, module.read()?);
+    }
+    Ok(())
+}
+
+fn read_static(agent: &Path) -> Result<Vec<u8>, Error> {
+    let program = crate::read(agent)?;
+    match Elf::parse(&program) {
+        None => Err(Error::NotElf(agent.to_path_buf())),
+        Some(elf) if elf.needs_interpreter() => Err(Error::NotStatic(agent.to_path_buf())),
+        Some(_) => Ok(program),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs;
+
+    /// A directory with all wanted modules, each depending on `virtio`, and an agent.
+    fn sample() -> tempfile::TempDir {
+        let directory = tempfile::tempdir().unwrap();
+        let mut index = String::from("virtio.ko:\n");
+        fs::write(directory.path().join("virtio.ko"), "the module virtio").unwrap();
+        for name in EARLY.iter().chain(LATE) {
+            index += &format!("{name}.ko: virtio.ko\n");
+            fs::write(directory.path().join(format!("{name}.ko")), format!("the module {name}")).unwrap();
+        }
+        fs::write(directory.path().join("modules.dep"), index).unwrap();
+        fs::write(directory.path().join("agent"), crate::elf::sample(&[(1, b"code")])).unwrap();
+        directory
+    }
+
+    #[test]
+    fn same_input_same_bytes() {
+        let (first, second) = (sample(), sample());
+        let build = |directory: &Path| build(directory, &directory.join("agent")).unwrap();
+        let bytes = build(first.path());
+        assert_eq!(bytes, build(second.path()));
+        fs::write(second.path().join("virtiofs.ko"), "another").unwrap();
+        assert_ne!(bytes, build(second.path()));
+    }
+
+    #[test]
+    fn modules_are_numbered_in_load_order() {
+        let directory = sample();
+        let bytes = build(directory.path(), &directory.path().join("agent")).unwrap();
+        let text = String::from_utf8_lossy(&bytes);
+        let position = |name: &str| text.find(name).unwrap_or_else(|| panic!("no {name}"));
+        let early = "lib/bulkhead/modules/early";
+        assert!(position("init\0") < position(early));
+        assert!(
+            position(&format!("{early}/000-virtio.ko\0")) < position(&format!("{early}/001-virtio_pci.ko\0"))
+        );
+        assert!(text.contains("lib/bulkhead/modules/late/000-virtiofs.ko\0"));
+        assert_eq!(text.matches("-virtio.ko\0").count(), 1, "early modules are not repeated");
+    }
+
+    #[test]
+    fn the_agent_must_be_a_static_program() {
+        let directory = sample();
+        let agent = directory.path().join("agent");
+        fs::write(&agent, crate::elf::sample(&[(3, b"/lib64/ld-linux-x86-64.so.2\0")])).unwrap();
+        assert!(matches!(build(directory.path(), &agent), Err(Error::NotStatic(_))));
+        fs::write(&agent, "#!/bin/sh\n").unwrap();
+        assert!(matches!(build(directory.path(), &agent), Err(Error::NotElf(_))));
+        fs::remove_file(&agent).unwrap();
+        let message = build(directory.path(), &agent).unwrap_err().to_string();
+        assert!(message.contains("agent"), "{message}");
+    }
+}

@@ -1,0 +1,112 @@
+//! Counts what a machine holds of ours, to see what a case left behind.
+
+use std::{
+    collections::BTreeSet,
+    fs,
+    path::{Path, PathBuf},
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::bail;
+
+/// A teardown that goes on in the background (a shim that exits after its last answer) has this long.
+const SETTLE: Duration = Duration::from_secs(15);
+const OURS: [&str; 5] = ["qemu-system", "bulkhead", "containerd-shim", "virtiofsd", "busybox"];
+
+/// Everything on this machine that a sandbox could leave: processes, mounts, sockets, namespaces, links, cgroups, files.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Census {
+    things: BTreeSet<String>,
+}
+
+impl Census {
+    /// Counts now. `state_roots` are the folders whose entries count as state.
+    pub fn take(state_roots: &[PathBuf]) -> Census {
+        let mut things = BTreeSet::new();
+        things.extend(processes());
+        things.extend(lines("/proc/self/mountinfo").iter().filter_map(|line| mount(line)));
+        things.extend(lines("/proc/net/unix").iter().filter_map(|line| socket(line)));
+        for (kind, folder) in [("netns", "/run/netns"), ("link", "/sys/class/net"), ("shm", "/dev/shm")] {
+            things.extend(entries(Path::new(folder)).map(|path| format!("{kind} {}", path.display())));
+        }
+        for hierarchy in ["/sys/fs/cgroup/memory", "/sys/fs/cgroup/devices", "/sys/fs/cgroup/unified"] {
+            things.extend(tree(Path::new(hierarchy)).map(|path| format!("cgroup {}", path.display())));
+        }
+        let defaults = ["/run/bulkhead", "/run/containerd/s"].map(PathBuf::from);
+        for root in state_roots.iter().chain(&defaults) {
+            things.extend(entries(root).map(|path| format!("state {}", path.display())));
+        }
+        Census { things }
+    }
+
+    /// Fails when, after a bounded time to settle, there is more than before.
+    pub fn nothing_more(&self, state_roots: &[PathBuf]) -> anyhow::Result<()> {
+        let start = Instant::now();
+        loop {
+            let left: Vec<String> =
+                Census::take(state_roots).things.difference(&self.things).cloned().collect();
+            if left.is_empty() {
+                return Ok(());
+            }
+            if start.elapsed() > SETTLE {
+                bail!("left behind:\n  {}", left.join("\n  "));
+            }
+            thread::sleep(Duration::from_millis(50));
+        }
+    }
+}
+
+fn lines(path: &str) -> Vec<String> {
+    fs::read_to_string(path).unwrap_or_default().lines().map(str::to_owned).collect()
+}
+
+fn entries(folder: &Path) -> impl Iterator<Item = PathBuf> + use<> {
+    fs::read_dir(folder).into_iter().flatten().flatten().map(|entry| entry.path())
+}
+
+fn tree(root: &Path) -> Box<dyn Iterator<Item = PathBuf>> {
+    let folders = entries(root).filter(|path| path.is_dir() && !path.is_symlink());
+    Box::new(folders.flat_map(|folder| std::iter::once(folder.clone()).chain(tree(&folder))))
+}
+
+fn processes() -> impl Iterator<Item = String> {
+    entries(Path::new("/proc")).filter_map(|folder| {
+        let stat = fs::read_to_string(folder.join("stat")).ok()?;
+        let name = stat.split_once('(')?.1.rsplit_once(')')?.0.to_owned();
+        let pid = folder.file_name()?.to_string_lossy().into_owned();
+        let own = pid == std::process::id().to_string();
+        let command = fs::read_to_string(folder.join("cmdline")).unwrap_or_default().replace('\0', " ");
+        (!own && OURS.iter().any(|ours| name.starts_with(ours)))
+            .then(|| format!("process {pid} ({name}) {command}"))
+    })
+}
+
+fn mount(line: &str) -> Option<String> {
+    let mut fields = line.split(' ');
+    Some(format!("mount {} (id {})", fields.nth(4)?, line.split(' ').next()?))
+}
+
+fn socket(line: &str) -> Option<String> {
+    let path = line.split_whitespace().nth(7)?;
+    let ours = ["bulkhead", "bh-e2e", "/run/containerd/s/"].iter().any(|part| path.contains(part));
+    // Connections repeat the listener's path; a listener has the flag __SO_ACCEPTCON.
+    (ours && line.split_whitespace().nth(3)? == "00010000").then(|| format!("socket {path}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_new_state_entry_is_seen() {
+        let folder = tempfile::tempdir().unwrap();
+        let roots = [folder.path().to_path_buf()];
+        let before = Census::take(&roots);
+        fs::create_dir(folder.path().join("left")).unwrap();
+        let after = Census::take(&roots);
+        let more: Vec<_> =
+            after.things.difference(&before.things).filter(|thing| thing.starts_with("state")).collect();
+        assert_eq!(more.len(), 1);
+    }
+}
