@@ -155,6 +155,8 @@ impl Container {
 
     /// Kills what is left, waits until all of it is gone, and removes the cgroup.
     pub(crate) async fn destroy(&self) -> Result<()> {
+        // First of all: an init that is still parked would end by itself, with a code of its own, once it is let go.
+        self.init.signal(libc::SIGKILL)?;
         let execs = self.kill_execs()?;
         let executor = Arc::clone(&self.executor);
         blocking(move || Ok(executor.delete()?)).await?;

@@ -40,13 +40,20 @@ use error::{During, Result};
 fn main() -> ExitCode {
     bulkhead_executor::child_main();
     let times = boot::Times { started: boot::uptime(), listening: Arc::new(OnceLock::new()) };
-    let ended = if boot::is_init() { run_as_init(times) } else { run_as_process(times) };
-    match ended {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("bulkhead-agent: {error}");
-            ExitCode::FAILURE
-        }
+    let init = boot::is_init();
+    let mut ended = if init { run_as_init(times) } else { run_as_process(times) };
+    if init {
+        // Also after a failure: a first program that just returned would panic the kernel, and that buries the reason.
+        report(&ended);
+        ended = boot::power_off();
+    }
+    report(&ended);
+    if ended.is_ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
+
+fn report(ended: &Result<()>) {
+    if let Err(error) = ended {
+        eprintln!("bulkhead-agent: {error}");
     }
 }
 
@@ -56,8 +63,7 @@ fn run_as_init(times: boot::Times) -> Result<()> {
     let log = log::start(config.log_level, config.log_port != 0);
     let guest = Arc::new(boot::Guest::own());
     let finishing = Arc::clone(&guest);
-    run(server::serve(config, guest, times, log, move || boot::finish(initramfs, finishing)))?;
-    boot::power_off()
+    run(server::serve(config, guest, times, log, move || boot::finish(initramfs, finishing)))
 }
 
 fn run_as_process(times: boot::Times) -> Result<()> {

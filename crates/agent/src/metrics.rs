@@ -3,6 +3,7 @@
 use std::{
     fmt::Write,
     sync::atomic::{AtomicU64, Ordering},
+    time::Duration,
 };
 
 use crate::boot::Times;
@@ -31,10 +32,8 @@ impl Metrics {
             }
         };
         let stage = |name: &str| format!("{{stage=\"{name}\"}}");
-        let mut boot = vec![(stage("started"), self.times.started.as_secs_f64())];
-        boot.extend(
-            self.times.listening.get().map(|listening| (stage("listening"), listening.as_secs_f64())),
-        );
+        let mut boot = vec![(stage("started"), seconds(self.times.started))];
+        boot.extend(self.times.listening.get().map(|listening| (stage("listening"), seconds(*listening))));
         metric("bulkhead_agent_boot_seconds", "gauge", "Time from the start of the machine.", &boot);
         let scrapes = self.scrapes.fetch_add(1, Ordering::Relaxed) + 1;
         #[allow(clippy::cast_precision_loss, reason = "a count of scrapes stays far below 2^53")]
@@ -50,6 +49,11 @@ impl Metrics {
         }
         text
     }
+}
+
+/// Whole microseconds, so that no digit is noise.
+fn seconds(time: Duration) -> f64 {
+    Duration::from_micros(u64::try_from(time.as_micros()).unwrap_or(u64::MAX)).as_secs_f64()
 }
 
 /// What /proc/self/stat tells: proc(5). The fields are counted from behind the command, which may hold anything.
@@ -70,16 +74,14 @@ fn process_figures(stat: &str) -> Vec<(&'static str, &'static str, f64)> {
 
 #[cfg(test)]
 mod tests {
-    use std::{
-        sync::{Arc, OnceLock},
-        time::Duration,
-    };
+    use std::sync::{Arc, OnceLock};
 
     use super::*;
 
     #[test]
     fn the_milestones_are_told_with_their_stage() {
-        let times = Times { started: Duration::from_millis(1230), listening: Arc::new(OnceLock::new()) };
+        let times =
+            Times { started: Duration::from_nanos(1_230_000_999), listening: Arc::new(OnceLock::new()) };
         let metrics = Metrics::new(times.clone());
         assert!(metrics.text().contains("bulkhead_agent_boot_seconds{stage=\"started\"} 1.23\n"));
         assert!(!metrics.text().contains("stage=\"listening\""));

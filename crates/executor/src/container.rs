@@ -328,6 +328,9 @@ impl Container {
     }
 
     /// Kills what is left, removes the cgroup. Idempotent.
+    ///
+    /// Whoever reaps must be at it meanwhile: init of a pid namespace ends only after every other process in it has been
+    /// reaped, and those that [`Container::exec`] made are the caller's children.
     pub fn delete(&self) -> Result<(), Error> {
         self.state().stop();
         // ESRCH: it has been reaped.

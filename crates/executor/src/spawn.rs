@@ -5,6 +5,7 @@
 //! travels over the channel.
 
 use std::{
+    collections::VecDeque,
     fs::File,
     io,
     os::{
@@ -50,6 +51,7 @@ pub(crate) struct Child {
     /// Refers to it whatever becomes of the pid.
     pub(crate) pidfd: OwnedFd,
     channel: Channel,
+    early: VecDeque<(FromChild, Vec<OwnedFd>)>,
     terminal: Option<OwnedFd>,
 }
 
@@ -75,21 +77,31 @@ impl Child {
             .map(AsFd::as_fd)
             .collect();
         let sent = channel.send(&ToChild::Plan(Box::new(plan)), &fds);
-        // A child that is gone may have said why.
-        match receive(&channel) {
-            Ok((FromChild::Spawned { pid }, fds)) => match fds.into_iter().next() {
-                Some(pidfd) => Ok(Child { pid, pidfd, channel, terminal: None }),
-                None => Err(unexpected("no pidfd")),
-            },
-            Ok((other, _)) => Err(unexpected(&format!("{other:?}"))),
-            Err(error) => Err(sent.err().map_or(error, Error::io(format!("sending a plan to {NAME}")))),
+        // The process speaks on the same channel as the child that made it, and may be the first to.
+        let mut early = VecDeque::new();
+        loop {
+            // A child that is gone may have said why.
+            match receive(&channel) {
+                Ok((FromChild::Spawned { pid }, fds)) => match fds.into_iter().next() {
+                    Some(pidfd) => return Ok(Child { pid, pidfd, channel, early, terminal: None }),
+                    None => return Err(unexpected("no pidfd")),
+                },
+                Ok(message) => early.push_back(message),
+                Err(error) => {
+                    return Err(sent.err().map_or(error, Error::io(format!("sending a plan to {NAME}"))));
+                }
+            }
         }
+    }
+
+    fn next(&mut self) -> Result<(FromChild, Vec<OwnedFd>), Error> {
+        self.early.pop_front().map_or_else(|| receive(&self.channel), Ok)
     }
 
     /// Waits until a container is made and its init parked; returns its namespaces.
     pub(crate) fn ready(&mut self) -> Result<Vec<OwnedFd>, Error> {
         loop {
-            match receive(&self.channel)? {
+            match self.next()? {
                 (FromChild::Ready, namespaces) => return Ok(namespaces),
                 (FromChild::Terminal, fds) => self.terminal = fds.into_iter().next(),
                 (other, _) => return Err(unexpected(&format!("{other:?}"))),
@@ -99,7 +111,13 @@ impl Child {
 
     /// Waits until the command is being executed.
     pub(crate) fn executed(&mut self) -> Result<(), Error> {
-        executed(&self.channel, &mut self.terminal)
+        loop {
+            match self.next()? {
+                (FromChild::Terminal, fds) => self.terminal = fds.into_iter().next(),
+                (FromChild::Executing, _) => return silence(&self.channel),
+                (other, _) => return Err(unexpected(&format!("{other:?}"))),
+            }
+        }
     }
 
     /// The terminal's master, if the child sent one.
@@ -122,7 +140,7 @@ impl Child {
 /// Lets a parked init go on; returns when its command is being executed.
 pub(crate) fn release(channel: &Channel) -> Result<(), Error> {
     let sent = channel.send(&ToChild::Release, &[]);
-    executed(channel, &mut None).map_err(|error| match sent {
+    executed(channel).map_err(|error| match sent {
         Err(source) if source.kind() != io::ErrorKind::BrokenPipe => {
             Error::Io { what: "releasing the container".to_owned(), source }
         }
@@ -130,21 +148,21 @@ pub(crate) fn release(channel: &Channel) -> Result<(), Error> {
     })
 }
 
-fn executed(channel: &Channel, terminal: &mut Option<OwnedFd>) -> Result<(), Error> {
-    loop {
-        match receive(channel)? {
-            (FromChild::Terminal, fds) => *terminal = fds.into_iter().next(),
-            // From here on, silence is success: execve closes the channel.
-            (FromChild::Executing, _) => {
-                return match channel.receive::<FromChild>() {
-                    Ok(None) => Ok(()),
-                    Ok(Some((FromChild::Failed(failure), _))) => Err(error(failure)),
-                    Ok(Some((other, _))) => Err(unexpected(&format!("{other:?}"))),
-                    Err(source) => Err(broken(source)),
-                };
-            }
-            (other, _) => return Err(unexpected(&format!("{other:?}"))),
-        }
+fn executed(channel: &Channel) -> Result<(), Error> {
+    match receive(channel)? {
+        (FromChild::Executing, _) => silence(channel),
+        (other, _) => Err(unexpected(&format!("{other:?}"))),
+    }
+}
+
+/// From `Executing` on, silence is success: execve closes the channel.
+fn silence(channel: &Channel) -> Result<(), Error> {
+    match channel.receive::<FromChild>() {
+        Ok(None) => Ok(()),
+        Ok(Some((FromChild::Spawned { .. }, _))) => silence(channel),
+        Ok(Some((FromChild::Failed(failure), _))) => Err(error(failure)),
+        Ok(Some((other, _))) => Err(unexpected(&format!("{other:?}"))),
+        Err(source) => Err(broken(source)),
     }
 }
 

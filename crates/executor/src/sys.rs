@@ -81,10 +81,21 @@ pub(crate) fn cloexec_from(first: u32) -> io::Result<()> {
 
 /// Every signal at its default, none blocked.
 pub(crate) fn reset_signals() -> io::Result<()> {
+    // struct sigaction as the kernel lays it out: handler (SIG_DFL is 0), flags, restorer, mask.
+    let default = [0u64; 4];
     for signal in 1..=64 {
-        // SAFETY: SIG_DFL runs no code of ours. The two signals that cannot be changed, and those that libc keeps for
-        // itself, are refused, and are at their default anyway.
-        unsafe { libc::signal(signal, libc::SIG_DFL) };
+        // libc's own function refuses the signals that it keeps for itself; the caller may have been started with them
+        // ignored. SIGKILL and SIGSTOP cannot be changed, which is fine.
+        // SAFETY: the default action runs no code of ours; the kernel reads the structure and writes none.
+        unsafe {
+            libc::syscall(
+                libc::SYS_rt_sigaction,
+                signal,
+                default.as_ptr(),
+                ptr::null_mut::<u64>(),
+                size_of::<u64>(),
+            )
+        };
     }
     let none: u64 = 0;
     // SAFETY: the kernel reads eight bytes, its size of a signal set.

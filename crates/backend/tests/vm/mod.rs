@@ -10,7 +10,7 @@ use std::{
     io::{self, BufRead, BufReader, Read, Write},
     net::Shutdown,
     os::{
-        fd::{AsFd, BorrowedFd},
+        fd::{AsFd, AsRawFd, BorrowedFd},
         unix::{
             net::{UnixListener, UnixStream},
             process::ExitStatusExt,
@@ -18,10 +18,16 @@ use std::{
     },
     path::{Path, PathBuf},
     process::{Child, Command, ExitStatus, Stdio},
+    sync::{Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
 
 use nix::sys::signal::Signal;
+use rustix::net::sockopt::{Timeout, set_socket_timeout};
+
+static SPAWNING: Mutex<()> = Mutex::new(());
+/// One VM at a time: emulated processors are slow enough.
+static BOOTED: Mutex<()> = Mutex::new(());
 
 /// What the environment offers.
 pub(crate) struct Kernel {
@@ -58,28 +64,26 @@ pub(crate) struct Backend {
 }
 
 impl Backend {
-    /// Starts the program with `fds` as descriptors 3, 4, ...
-    pub(crate) fn start(args: &[&OsStr], fds: &[BorrowedFd<'_>]) -> io::Result<Self> {
-        // The shell puts the descriptors where they belong: Command itself can only pass the first three.
-        let mut script = String::new();
-        let mut kept = Vec::new();
-        for (at, fd) in fds.iter().enumerate() {
+    /// Starts the program; `fds` are options whose values are descriptors.
+    fn start(args: &[&OsStr], fds: &[(&str, BorrowedFd<'_>)]) -> io::Result<Self> {
+        // Inheritable for as long as the program starts, and nothing else may start meanwhile.
+        let _alone = SPAWNING.lock().map_err(|_| io::ErrorKind::Other)?;
+        let mut command = Command::new(env!("CARGO_BIN_EXE_bulkhead-backend"));
+        command.args(args);
+        let mut inherited = Vec::new();
+        for (option, fd) in fds {
             let copy = rustix::io::dup(fd)?;
-            script.push_str(&format!("exec {}<&{} ", at + 3, std::os::fd::AsRawFd::as_raw_fd(&copy)));
-            script.push_str(&format!("{}<&-; ", std::os::fd::AsRawFd::as_raw_fd(&copy)));
-            kept.push(copy);
+            command.arg(option).arg(copy.as_raw_fd().to_string());
+            inherited.push(copy);
         }
-        script.push_str("exec \"$@\"");
-        let child = Command::new("sh")
-            .args(["-c", &script, "sh", env!("CARGO_BIN_EXE_bulkhead-backend")])
-            .args(args)
-            .spawn()?;
-        Ok(Self { child })
+        Ok(Self { child: command.spawn()? })
     }
 
     fn serve(share: &Path, vmm: &UnixListener) -> io::Result<Self> {
-        let args = ["fs", "--fd", "3", "--shared-dir"].map(OsStr::new);
-        Self::start(&[&args[..], &[share.as_os_str()]].concat(), &[vmm.as_fd()])
+        Self::start(
+            &[OsStr::new("fs"), OsStr::new("--shared-dir"), share.as_os_str()],
+            &[("--fd", vmm.as_fd())],
+        )
     }
 
     /// A file server that no VMM will connect to.
@@ -121,11 +125,13 @@ pub(crate) struct Vm {
     qemu: Child,
     dir: tempfile::TempDir,
     listeners: Vec<(u32, UnixListener)>,
+    _alone: MutexGuard<'static, ()>,
 }
 
 impl Vm {
     /// Boots, one VM at a time in this process, and returns once the guest's services listen. Listeners for `ports` of the host are there before it boots.
     pub(crate) fn boot(kernel: &Kernel, share: Option<&Path>, ports: &[u32]) -> io::Result<Self> {
+        let alone = BOOTED.lock().unwrap_or_else(PoisonError::into_inner);
         let dir = tempfile::tempdir()?;
         let at = |name: &str| dir.path().join(name);
         initramfs::build(
@@ -141,14 +147,19 @@ impl Vm {
         let vmm = UnixListener::bind(at("v.sock"))?;
         let host = UnixListener::bind(at("host.sock"))?;
         let uds = at("host.sock");
-        let args = ["vsock", "--fd", "3", "--uds-fd", "4", "--cid", "3", "--uds"].map(OsStr::new);
-        let vsock = Backend::start(&[&args[..], &[uds.as_os_str()]].concat(), &[vmm.as_fd(), host.as_fd()])?;
+        let args = ["vsock", "--cid", "3", "--uds"].map(OsStr::new);
+        let vsock = Backend::start(
+            &[&args[..], &[uds.as_os_str()]].concat(),
+            &[("--fd", vmm.as_fd()), ("--uds-fd", host.as_fd())],
+        )?;
         let fs = match share {
             None => None,
             Some(share) => Some(Backend::serve(share, &UnixListener::bind(at("f.sock"))?)?),
         };
         let qemu = start_qemu(kernel, dir.path(), fs.is_some())?;
-        let vm = Self { vsock, fs, qemu, dir, listeners };
+        let vm = Self { vsock, fs, qemu, dir, listeners, _alone: alone };
+        // A guest that does not come up fails the test instead of hanging it.
+        set_socket_timeout(vm.listener(900), Timeout::Recv, Some(Duration::from_secs(180)))?;
         let (ready, _) = vm.listener(900).accept()?;
         let mut line = String::new();
         BufReader::new(ready).read_line(&mut line)?;
@@ -249,6 +260,7 @@ fn start_qemu(kernel: &Kernel, dir: &Path, share: bool) -> io::Result<Child> {
             .arg(format!("socket,id=f,path={}", dir.join("f.sock").display()))
             .args(["-device", "vhost-user-fs-pci,chardev=f,tag=kataShared"]);
     }
+    let _alone = SPAWNING.lock().map_err(|_| io::ErrorKind::Other)?;
     qemu.stdin(Stdio::null()).spawn()
 }
 

@@ -20,7 +20,11 @@ mod root;
 mod rootfs;
 mod terminal;
 
-use std::{ffi::CString, io, os::fd::OwnedFd};
+use std::{
+    ffi::CString,
+    io,
+    os::fd::{AsFd, OwnedFd},
+};
 
 use rustix::{fs::Mode, process::DumpableBehavior};
 
@@ -146,13 +150,22 @@ fn run() -> io::Result<()> {
     if let Err(fault) = namespaces::enter_pid(&child) {
         return report(&channel, Stage::Namespaces, fault);
     }
-    match sys::clone_sibling(child.cgroup.as_ref().map(std::os::fd::AsFd::as_fd)) {
+    // The process speaks only after it has been announced.
+    let (announced, announce) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)?;
+    match sys::clone_sibling(child.cgroup.as_ref().map(AsFd::as_fd)) {
         Ok(Cloned::Child) => {
+            drop(announce);
+            if rustix::io::read(&announced, &mut [0u8; 1])? == 0 {
+                return Err(io::Error::other("not announced"));
+            }
+            drop(announced);
             let Err((stage, fault)) = child.become_process();
             report(&channel, stage, fault)
         }
         Ok(Cloned::Sibling { pid, pidfd }) => {
-            channel.send(&FromChild::Spawned { pid }, &[std::os::fd::AsFd::as_fd(&pidfd)])
+            channel.send(&FromChild::Spawned { pid }, &[pidfd.as_fd()])?;
+            rustix::io::write(announce, &[1])?;
+            Ok(())
         }
         Err(error) => report(&channel, Stage::Spawn, error.into()),
     }

@@ -79,13 +79,7 @@ pub(super) fn protect(child: &mut Child) -> Outcome {
     if plan.readonly {
         set(child.root.as_fd(), false, RootfsPlan::READONLY).on(|| "read-only /")?;
     }
-    let propagation = match plan.propagation {
-        Propagation::Shared => libc::MS_SHARED,
-        Propagation::Unbindable => libc::MS_UNBINDABLE,
-        Propagation::Slave | Propagation::Private => return Ok(()),
-    };
-    let attr = MountAttr { propagation, ..MountAttr::default() };
-    sys::mount_setattr(child.root.as_fd(), false, &attr).on(|| "propagation of /")
+    Ok(())
 }
 
 fn readonly(root: &Root, path: &str) -> Outcome {
@@ -123,8 +117,9 @@ fn existing(root: &Root, path: &str) -> io::Result<Option<std::os::fd::OwnedFd>>
 
 /// Changes to the new root; nothing of the old one stays reachable.
 pub(super) fn pivot(child: &mut Child) -> Outcome {
+    let old = Root::own()?;
     rustix::process::fchdir(&child.root)?;
-    // The old root ends up on top of the new one, at the current directory.
+    // The old root ends up on top of the new one.
     rustix::process::pivot_root(".", ".").map_err(|errno| match errno {
         rustix::io::Errno::INVAL => Fault::new(
             libc::EINVAL,
@@ -132,10 +127,18 @@ pub(super) fn pivot(child: &mut Child) -> Outcome {
         ),
         errno => errno.into(),
     })?;
+    rustix::process::fchdir(&old)?;
     // Nothing that happens to it here reaches the caller's.
     mount_change(".", MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC)
         .on(|| "the old root")?;
     unmount(".", UnmountFlags::DETACH).on(|| "detaching the old root")?;
     rustix::process::chdir("/")?;
-    Ok(())
+    // Not before: the kernel changes to no root that is shared.
+    let propagation = match child.plan.setup.rootfs.propagation {
+        Propagation::Shared => libc::MS_SHARED,
+        Propagation::Unbindable => libc::MS_UNBINDABLE,
+        Propagation::Slave | Propagation::Private => return Ok(()),
+    };
+    let attr = MountAttr { propagation, ..MountAttr::default() };
+    sys::mount_setattr(child.root.as_fd(), false, &attr).on(|| "propagation of /")
 }

@@ -158,8 +158,7 @@ fn masked_and_readonly_paths() {
     linux(&mut spec).MaskedPaths.extend(["/key".into(), "/secret".into()]);
     linux(&mut spec).ReadonlyPaths.push("/frozen".into());
     assert_eq!(succeed(spec), "3\nnull\n");
-    let kcore =
-        succeed(rootfs.spec("[ -c /proc/kcore ] && cat /proc/kcore | wc -c; ls /sys/firmware | wc -l"));
+    let kcore = succeed(rootfs.spec("cat /proc/kcore 2> /dev/null | wc -c; ls /sys/firmware | wc -l"));
     assert_eq!(kcore, "0\n0\n");
 }
 
@@ -181,7 +180,7 @@ fn devices() {
     let rootfs = Rootfs::new();
     let mut spec = rootfs.spec(
         "for d in null zero full random urandom tty; do stat -c '%n %t:%T %a %F' /dev/$d; done; \
-         readlink /dev/fd /dev/stdin /dev/stdout /dev/stderr /dev/core /dev/ptmx; \
+         for l in fd stdin stdout stderr core ptmx; do readlink /dev/$l; done; \
          stat -c '%n %t:%T %a %u:%g %F' /dev/mine /dev/sub/block /dev/pipe; head -c 4 /dev/zero | wc -c; umask",
     );
     for (path, kind, major, minor) in
@@ -309,7 +308,6 @@ fn the_working_directory() {
         let mut process = shell("pwd");
         process.Cwd = cwd;
         assert!(container.exec(process).is_err());
-        clean_up();
     }
     finish(&container, init);
 }
@@ -324,7 +322,7 @@ fn no_descriptor_leaks() {
     let listing = "ls -l /proc/1/fd | grep -vc 'pipe:\\|^total'";
     let (container, init) = start(rootfs.spec(&format!("{listing}; {count}; echo; sleep 1000")));
     let mut stdout = blocking(init.streams.stdout.unwrap());
-    let text = read_until(&mut stdout, "\n\n");
+    let text = read_until(&mut stdout, " \n");
     assert!(text.starts_with("0\n"), "{text}");
     let exec = exec_script(&container, "ls -l /proc/$$/fd | grep -vc 'pipe:\\|^total' ; true");
     assert_eq!(exec, "0\n");

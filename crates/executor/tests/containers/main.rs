@@ -69,7 +69,6 @@ fn run(filter: &str, cgroups: bool) -> bool {
             case();
             before.compare();
         }));
-        support::clean_up();
         println!("test {name} ... {}", if result.is_ok() { "ok" } else { "FAILED" });
         if result.is_err() {
             failed.push(*name);

@@ -1,6 +1,7 @@
 //! A root file system of busybox, a spec to start from, and processes to wait for.
 
 use std::{
+    collections::BTreeMap,
     fs,
     io::{Read, Write},
     os::{
@@ -8,29 +9,67 @@ use std::{
         unix::fs::{PermissionsExt, symlink},
     },
     path::{Path, PathBuf},
-    process::Command,
-    sync::atomic::{AtomicUsize, Ordering},
+    process::{Command, Stdio},
+    sync::{
+        Condvar, Mutex, OnceLock,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::{Duration, Instant},
 };
 
 use bulkhead_executor::{Config, Container, Error, Process};
 use bulkhead_protocol::oci;
-use rustix::process::{Pid, WaitOptions, waitpid};
+use rustix::process::{WaitOptions, waitpid};
 
 /// Debian's busybox-static, or that of the initramfs.
 const BUSYBOX: &str = "/bin/busybox";
 
-/// A mount namespace, so that a failing case leaves no mount behind.
+/// What busybox can do, a name a line.
+static APPLETS: OnceLock<String> = OnceLock::new();
+
+/// Reaps every child, as an agent does.
+struct Reaper {
+    codes: Mutex<BTreeMap<i32, i32>>,
+    changed: Condvar,
+}
+
+static REAPER: Reaper = Reaper { codes: Mutex::new(BTreeMap::new()), changed: Condvar::new() };
+
+impl Reaper {
+    fn run(&self) {
+        while let Ok(Some((pid, status))) = waitpid(None, WaitOptions::empty()) {
+            let code = status.exit_status().or(status.terminating_signal().map(|signal| 128 + signal));
+            self.codes.lock().unwrap().insert(pid.as_raw_pid(), code.unwrap());
+            self.changed.notify_all();
+        }
+    }
+}
+
+/// A mount namespace, so that a failing case leaves no mount behind, and a reaper.
 pub(crate) fn isolate() {
     if std::process::id() != 1 {
         crate::sys::unshare_mounts().unwrap();
     }
     let flags = rustix::mount::MountPropagationFlags::PRIVATE | rustix::mount::MountPropagationFlags::REC;
     rustix::mount::mount_change("/", flags).unwrap();
+    // Before the reaper, which would take its exit code away.
+    let applets = Command::new(BUSYBOX).arg("--list").output().unwrap().stdout;
+    APPLETS.set(String::from_utf8(applets).unwrap()).unwrap();
+    // It ends with this program. As long as it runs, the reaper has something to wait for.
+    let keeper = Command::new(BUSYBOX).arg("cat").stdin(Stdio::piped()).spawn().unwrap();
+    std::mem::forget(keeper);
+    std::thread::spawn(|| REAPER.run());
 }
 
-/// Reaps whatever is left.
-pub(crate) fn clean_up() {
-    while let Ok(Some(_)) = waitpid(None, WaitOptions::NOHANG) {}
+/// The children of this program, without the reaper's.
+fn children() -> Vec<String> {
+    let own = std::process::id().to_string();
+    let stats = fs::read_dir("/proc").unwrap().flatten().map(|e| e.path().join("stat"));
+    stats
+        .filter_map(|path| fs::read_to_string(path).ok())
+        .filter(|stat| stat.rsplit_once(')').is_some_and(|(_, rest)| rest.split(' ').nth(2) == Some(&own)))
+        .filter(|stat| !stat.contains("(busybox)"))
+        .collect()
 }
 
 /// What a case must leave as it found it.
@@ -50,9 +89,12 @@ impl Census {
 
     /// Nothing is left: no child that runs, no mount, no descriptor (but the copy of the program that is made once).
     pub(crate) fn compare(&self) {
-        clean_up();
-        let left = waitpid(None, WaitOptions::NOHANG);
-        assert_eq!(left.err(), Some(rustix::io::Errno::CHILD), "a child still runs");
+        let deadline = Instant::now() + Duration::from_secs(10);
+        // Short-lived children may be on their way out.
+        while !children().is_empty() && Instant::now() < deadline {
+            std::thread::yield_now();
+        }
+        assert!(children().is_empty(), "children still run: {:?}", children().first());
         let now = Census::take();
         assert_eq!(now.mounts, self.mounts, "mounts are left");
         assert!(now.descriptors <= self.descriptors + 1, "descriptors are left");
@@ -71,8 +113,7 @@ impl Rootfs {
             fs::create_dir_all(rootfs.at(dir)).unwrap();
         }
         fs::copy(BUSYBOX, rootfs.at("bin/busybox")).unwrap();
-        let applets = Command::new(BUSYBOX).arg("--list").output().unwrap().stdout;
-        for applet in String::from_utf8(applets).unwrap().lines().filter(|a| *a != "busybox") {
+        for applet in APPLETS.get().unwrap().lines().filter(|a| *a != "busybox") {
             symlink("busybox", rootfs.at("bin").join(applet)).unwrap();
         }
         fs::write(
@@ -296,6 +337,13 @@ pub(crate) fn write(fd: OwnedFd, text: &str) {
 
 /// Waits for a child of ours; its code as a shell counts.
 pub(crate) fn wait(pid: i32) -> i32 {
-    let (_, status) = waitpid(Pid::from_raw(pid), WaitOptions::empty()).unwrap().unwrap();
-    status.exit_status().or(status.terminating_signal().map(|signal| 128 + signal)).unwrap()
+    let (mut codes, _) = REAPER
+        .changed
+        .wait_timeout_while(REAPER.codes.lock().unwrap(), Duration::from_secs(60), |codes| {
+            !codes.contains_key(&pid)
+        })
+        .unwrap();
+    let code = codes.remove(&pid);
+    drop(codes);
+    code.unwrap_or_else(|| panic!("{pid} still runs"))
 }
