@@ -1,4 +1,4 @@
-//! Counts what a machine holds of ours, to see what a case left behind.
+//! Counts what a world holds, to see what a case left behind.
 
 use std::{
     collections::BTreeSet,
@@ -12,9 +12,8 @@ use anyhow::bail;
 
 /// A teardown that goes on in the background (a shim that exits after its last answer) has this long.
 const SETTLE: Duration = Duration::from_secs(15);
-const OURS: [&str; 5] = ["qemu-system", "bulkhead", "containerd-shim", "virtiofsd", "busybox"];
 
-/// Everything on this machine that a sandbox could leave: processes, mounts, sockets, namespaces, links, cgroups, files.
+/// Everything in this world that a sandbox could leave: processes, mounts, sockets, namespaces, links, cgroups, files.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Census {
     things: BTreeSet<String>,
@@ -33,10 +32,10 @@ impl Census {
         for hierarchy in ["/sys/fs/cgroup/memory", "/sys/fs/cgroup/devices", "/sys/fs/cgroup/unified"] {
             things.extend(tree(Path::new(hierarchy)).map(|path| format!("cgroup {}", path.display())));
         }
-        let defaults = ["/run/bulkhead", "/run/containerd/s"].map(PathBuf::from);
-        for root in state_roots.iter().chain(&defaults) {
+        for root in state_roots {
             things.extend(entries(root).map(|path| format!("state {}", path.display())));
         }
+        things.extend(files(Path::new("/run")).map(|path| format!("file {}", path.display())));
         Census { things }
     }
 
@@ -65,9 +64,21 @@ fn entries(folder: &Path) -> impl Iterator<Item = PathBuf> + use<> {
     fs::read_dir(folder).into_iter().flatten().flatten().map(|entry| entry.path())
 }
 
+fn is_folder(path: &Path) -> bool {
+    path.is_dir() && !path.is_symlink()
+}
+
+/// Every folder below `root`.
 fn tree(root: &Path) -> Box<dyn Iterator<Item = PathBuf>> {
-    let folders = entries(root).filter(|path| path.is_dir() && !path.is_symlink());
+    let folders = entries(root).filter(|path| is_folder(path));
     Box::new(folders.flat_map(|folder| std::iter::once(folder.clone()).chain(tree(&folder))))
+}
+
+/// Everything below `root` that is no folder; an empty folder is no leftover.
+fn files(root: &Path) -> impl Iterator<Item = PathBuf> {
+    std::iter::once(root.to_path_buf())
+        .chain(tree(root))
+        .flat_map(|folder| entries(&folder).filter(|path| !is_folder(path)))
 }
 
 fn processes() -> impl Iterator<Item = String> {
@@ -75,10 +86,9 @@ fn processes() -> impl Iterator<Item = String> {
         let stat = fs::read_to_string(folder.join("stat")).ok()?;
         let name = stat.split_once('(')?.1.rsplit_once(')')?.0.to_owned();
         let pid = folder.file_name()?.to_string_lossy().into_owned();
-        let own = pid == std::process::id().to_string();
+        pid.parse::<u32>().ok()?;
         let command = fs::read_to_string(folder.join("cmdline")).unwrap_or_default().replace('\0', " ");
-        (!own && OURS.iter().any(|ours| name.starts_with(ours)))
-            .then(|| format!("process {pid} ({name}) {command}"))
+        Some(format!("process {pid} ({name}) {command}"))
     })
 }
 
@@ -89,9 +99,8 @@ fn mount(line: &str) -> Option<String> {
 
 fn socket(line: &str) -> Option<String> {
     let path = line.split_whitespace().nth(7)?;
-    let ours = ["bulkhead", "bh-e2e", "/run/containerd/s/"].iter().any(|part| path.contains(part));
     // Connections repeat the listener's path; a listener has the flag __SO_ACCEPTCON.
-    (ours && line.split_whitespace().nth(3)? == "00010000").then(|| format!("socket {path}"))
+    (line.split_whitespace().nth(3)? == "00010000").then(|| format!("socket {path}"))
 }
 
 #[cfg(test)]

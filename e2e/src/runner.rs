@@ -1,14 +1,30 @@
-//! Runs the cases of a file one after the other and counts what happened.
+//! Runs the cases of a file one after the other, each in a world of its own, and counts what happened.
+//!
+//! A case runs in new process, mount and network namespaces with an empty `/run`, so that the census sees what the case
+//! left and nothing of the machine's, and what a failed case leaves is gone with its world. Three processes take part:
+//! the one that was started ([`run`]), the first process of the world, which only reaps ([`reap`]), and the case itself.
 
 use std::{
-    fmt,
+    env, fmt,
     panic::{AssertUnwindSafe, catch_unwind},
-    path::PathBuf,
-    process::ExitCode,
+    process::{Command, ExitCode},
     time::Instant,
 };
 
+use anyhow::{Context, bail, ensure};
+use nix::{
+    errno::Errno,
+    sys::wait::{WaitStatus, wait},
+    unistd::Pid,
+};
+
 use crate::{Census, Scratch};
+
+const REAP: &str = "--reap";
+const CASE: &str = "--case";
+const PASSED: u8 = 0;
+const FAILED: u8 = 1;
+const SKIPPED: u8 = 77;
 
 /// One end-to-end test.
 #[derive(Clone, Copy)]
@@ -34,60 +50,111 @@ impl fmt::Display for Skip {
 
 impl std::error::Error for Skip {}
 
-enum Outcome {
-    Passed,
-    Failed(String),
-    Skipped(String),
-}
-
 /// Runs the cases whose name contains the first argument that is not an option (all without one), prints a line for each,
 /// and closes with `N passed, N failed, N skipped`.
 pub fn run(cases: &[Case]) -> ExitCode {
-    let filter = std::env::args().skip(1).find(|arg| !arg.starts_with('-')).unwrap_or_default();
-    let (mut passed, mut failed, mut skipped) = (0, 0, 0);
-    for case in cases.iter().filter(|case| case.name.contains(&filter)) {
-        let start = Instant::now();
-        let outcome = run_one(*case);
-        let seconds = start.elapsed().as_secs_f32();
-        match outcome {
-            Outcome::Passed => {
-                passed += 1;
-                println!("test {} ... ok ({seconds:.1} s)", case.name);
-            }
-            Outcome::Failed(why) => {
-                failed += 1;
-                println!("test {} ... FAILED ({seconds:.1} s)\n{why}", case.name);
-            }
-            Outcome::Skipped(why) => {
-                skipped += 1;
-                println!("test {} ... skipped: {why}", case.name);
-            }
+    let args: Vec<String> = env::args().skip(1).collect();
+    match &args[..] {
+        [mode, name] if mode == REAP => {
+            ExitCode::from(reap(name).unwrap_or_else(|error| failed(name, &error)))
+        }
+        [mode, name] if mode == CASE => {
+            ExitCode::from(cases.iter().find(|case| case.name == name).map_or(FAILED, |case| alone(*case)))
+        }
+        _ => all(cases, args.iter().find(|arg| !arg.starts_with('-')).map_or("", String::as_str)),
+    }
+}
+
+fn all(cases: &[Case], filter: &str) -> ExitCode {
+    let (mut passed, mut failures, mut skipped) = (0, 0, 0);
+    for case in cases.iter().filter(|case| case.name.contains(filter)) {
+        match in_a_world(case.name).unwrap_or_else(|error| failed(case.name, &error)) {
+            PASSED => passed += 1,
+            SKIPPED => skipped += 1,
+            _ => failures += 1,
         }
     }
-    println!("{passed} passed, {failed} failed, {skipped} skipped");
-    if failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+    println!("{passed} passed, {failures} failed, {skipped} skipped");
+    if failures == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 
-fn run_one(case: Case) -> Outcome {
-    let scratch = match Scratch::new() {
-        Ok(scratch) => scratch,
-        Err(error) => return outcome_of(error),
-    };
-    let roots: Vec<PathBuf> = vec![scratch.state_root()];
-    let before = Census::take(&roots);
-    let result = catch_unwind(AssertUnwindSafe(|| (case.run)(&scratch)));
-    let result = result.unwrap_or_else(|_| Err(anyhow::anyhow!("the case panicked; see above")));
-    match (result, before.nothing_more(&roots)) {
-        (Ok(()), Ok(())) => Outcome::Passed,
-        (Ok(()), Err(left)) => Outcome::Failed(left.to_string()),
-        (Err(error), Ok(())) => outcome_of(error),
-        (Err(error), Err(left)) => Outcome::Failed(format!("{error:?}\n{left}")),
+fn failed(name: &str, error: &anyhow::Error) -> u8 {
+    println!("test {name} ... FAILED\n{error:?}");
+    FAILED
+}
+
+/// Starts the first process of a new world and returns how the case ended.
+fn in_a_world(name: &str) -> anyhow::Result<u8> {
+    if !nix::unistd::geteuid().is_root() {
+        println!("test {name} ... skipped: needs root");
+        return Ok(SKIPPED);
+    }
+    let status = Command::new("unshare")
+        .args([
+            "--mount",
+            "--net",
+            "--pid",
+            "--fork",
+            "--kill-child",
+            "--mount-proc",
+            "--propagation",
+            "private",
+            "--",
+        ])
+        .arg(env::current_exe()?)
+        .args([REAP, name])
+        .status()
+        .context("starting unshare (package util-linux)")?;
+    status.code().and_then(|code| u8::try_from(code).ok()).context("the case was killed")
+}
+
+/// The first process of a world: furnishes it, starts the case, and reaps whatever is orphaned until the case ends.
+fn reap(name: &str) -> anyhow::Result<u8> {
+    for folder in ["/run", "/dev/shm"] {
+        tool("mount", &["-t", "tmpfs", "-o", "mode=755", "e2e", folder])?;
+    }
+    tool("ip", &["link", "set", "lo", "up"])?;
+    let case = Command::new(env::current_exe()?).args([CASE, name]).spawn()?;
+    let case = Pid::from_raw(i32::try_from(case.id())?);
+    loop {
+        match wait() {
+            Ok(WaitStatus::Exited(pid, code)) if pid == case => return Ok(u8::try_from(code)?),
+            Ok(WaitStatus::Signaled(pid, signal, _)) if pid == case => bail!("the case died of {signal}"),
+            Ok(_) | Err(Errno::EINTR) => {}
+            Err(error) => return Err(error.into()),
+        }
     }
 }
 
-fn outcome_of(error: anyhow::Error) -> Outcome {
-    match error.downcast_ref::<Skip>() {
-        Some(skip) => Outcome::Skipped(skip.to_string()),
-        None => Outcome::Failed(format!("{error:?}")),
+fn tool(program: &str, args: &[&str]) -> anyhow::Result<()> {
+    let status = Command::new(program).args(args).status().with_context(|| format!("starting {program}"))?;
+    ensure!(status.success(), "{program} {} failed", args.join(" "));
+    Ok(())
+}
+
+/// Runs a case between two counts, prints its line, and returns its exit code.
+fn alone(case: Case) -> u8 {
+    let start = Instant::now();
+    let (code, text) = match counted(case) {
+        Ok(()) => (PASSED, "ok".to_owned()),
+        Err(error) => match error.downcast_ref::<Skip>() {
+            Some(skip) => (SKIPPED, format!("skipped: {skip}")),
+            None => (FAILED, format!("FAILED\n{error:?}")),
+        },
+    };
+    println!("test {} ({:.1} s) ... {text}", case.name, start.elapsed().as_secs_f32());
+    code
+}
+
+fn counted(case: Case) -> anyhow::Result<()> {
+    let scratch = Scratch::new()?;
+    let roots = [scratch.state_root()];
+    let before = Census::take(&roots);
+    let result = catch_unwind(AssertUnwindSafe(|| (case.run)(&scratch)));
+    let result = result.unwrap_or_else(|_| bail!("the case panicked; see above"));
+    let left = before.nothing_more(&roots);
+    match (result, left) {
+        (Err(error), Err(left)) => Err(error.context(left)),
+        (result, left) => result.and(left),
     }
 }

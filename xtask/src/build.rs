@@ -11,6 +11,7 @@
 use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use anyhow::{Context, Result};
 use bulkhead_image::{initramfs, kernel};
@@ -19,7 +20,8 @@ use crate::progress::{heading, step};
 use crate::workspace::Workspace;
 use crate::{process, setup};
 
-const GUEST_TARGET: &str = "x86_64-unknown-linux-gnu";
+/// The target is named so that what is only meant for the guest's programs does not apply to build scripts too.
+pub(crate) const GUEST_TARGET: &str = "x86_64-unknown-linux-gnu";
 
 /// Package (and program) and the directory it is installed in.
 const HOST_PROGRAMS: &[(&str, &str)] =
@@ -88,15 +90,17 @@ fn host_programs(workspace: &Workspace, arguments: &Arguments) -> Result<Vec<Pat
     Ok(HOST_PROGRAMS.iter().map(|(name, _)| output.join(name)).collect())
 }
 
-/// The agent is linked statically: there are no libraries in the guest. Cargo applies the target's flags to nothing else
-/// only because the target is named.
-fn agent(workspace: &Workspace, arguments: &Arguments) -> Result<PathBuf> {
-    let mut cargo = workspace.cargo("build");
+/// Makes cargo link statically what it builds for [`GUEST_TARGET`]: there are no libraries in the guest.
+pub(crate) fn statically(cargo: &mut Command) -> &mut Command {
     cargo
-        .args(["--package", "bulkhead-agent", "--target", GUEST_TARGET])
         .env("CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUSTFLAGS", "-C target-feature=+crt-static")
         .env_remove("RUSTFLAGS")
-        .env_remove("CARGO_ENCODED_RUSTFLAGS");
+        .env_remove("CARGO_ENCODED_RUSTFLAGS")
+}
+
+fn agent(workspace: &Workspace, arguments: &Arguments) -> Result<PathBuf> {
+    let mut cargo = workspace.cargo("build");
+    statically(&mut cargo).args(["--package", "bulkhead-agent", "--target", GUEST_TARGET]);
     if arguments.debug {
         // Line tables would make it twenty times as large, and it is copied into the guest at each boot.
         cargo.args(["--config", "profile.dev.strip='debuginfo'"]);

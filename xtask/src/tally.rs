@@ -12,31 +12,68 @@ pub(crate) struct Tally {
 }
 
 impl Tally {
-    /// What a line of output says: Rust's own `test result: ok. 3 passed; 0 failed; 1 ignored; ...`, the end-to-end tests'
-    /// `3 passed, 0 failed, 1 skipped`, and `skipped: <why>`, which a unit test prints that cannot run on this machine (and
-    /// that Rust counts as passed).
-    pub(crate) fn of_line(line: &str) -> Option<Tally> {
-        if line.starts_with("skipped: ") {
-            return Some(Tally { skipped: 1, ..Tally::default() });
-        }
-        let counts = match line.strip_prefix("test result: ") {
-            Some(rest) => rest.split_once(". ")?.1,
-            None => line,
+    /// What a line says that sums up: Rust's own `test result: ok. 3 passed; 0 failed; 1 ignored; ...`, or the end-to-end
+    /// tests' `3 passed, 0 failed, 1 skipped`.
+    fn of_line(line: &str) -> Option<Tally> {
+        let (counts, separator, last) = match line.strip_prefix("test result: ") {
+            Some(rest) => (rest.split_once(". ")?.1, ';', "ignored"),
+            None => (line, ',', "skipped"),
         };
-        let mut fields = counts.split([';', ',']).map(str::trim);
+        let mut fields = counts.split(separator).map(str::trim);
         let mut field = |name: &str| {
             let (count, word) = fields.next()?.split_once(' ')?;
             if word == name { count.parse().ok() } else { None }
         };
-        let (passed, failed) = (field("passed")?, field("failed")?);
-        let last = if counts.contains(';') { "ignored" } else { "skipped" };
-        Some(Tally { passed, failed, skipped: field(last)? })
+        Some(Tally { passed: field("passed")?, failed: field("failed")?, skipped: field(last)? })
+    }
+}
+
+/// Adds up a run's output line by line.
+///
+/// Rust knows no test that finds out that it cannot run on this machine. Ours print `skipped: <why>` and succeed; with
+/// `--show-output` that is found below a heading `---- <test> stdout ----`.
+#[derive(Debug, Default)]
+pub(crate) struct Counter {
+    tally: Tally,
+    /// What is read now is the output of a test that passed, and has not been found to be skipped.
+    in_output: bool,
+    /// What is read now is the output of tests that failed.
+    failures: bool,
+    /// Tests counted as passed by Rust that skipped themselves, since the last summary.
+    skipped_themselves: u64,
+}
+
+impl Counter {
+    /// Takes the next line.
+    pub(crate) fn add(&mut self, line: &str) {
+        let line = line.trim_end();
+        if line.starts_with("---- ") && line.ends_with(" stdout ----") {
+            self.in_output = !self.failures;
+        } else if self.in_output && says_skipped(line) {
+            self.in_output = false;
+            self.skipped_themselves += 1;
+        } else if line == "failures:" {
+            // From here on the output is that of tests that failed.
+            self.failures = true;
+        } else if let Some(summary) = Tally::of_line(line) {
+            let skipped = std::mem::take(&mut self.skipped_themselves).min(summary.passed);
+            (self.in_output, self.failures) = (false, false);
+            self.tally += summary;
+            self.tally.passed -= skipped;
+            self.tally.skipped += skipped;
+        }
     }
 
-    /// Takes the unit tests that skipped themselves out of those that passed.
-    pub(crate) fn without_skipped_from_passed(self) -> Tally {
-        Tally { passed: self.passed.saturating_sub(self.skipped), ..self }
+    /// The sum so far.
+    pub(crate) fn tally(&self) -> Tally {
+        self.tally
     }
+}
+
+/// `skipped: <why>` or `SKIPPED <test>: <why>`.
+fn says_skipped(line: &str) -> bool {
+    let line = line.to_ascii_lowercase();
+    line.starts_with("skipped:") || line.starts_with("skipped ")
 }
 
 impl AddAssign for Tally {
@@ -57,20 +94,19 @@ impl fmt::Display for Tally {
 mod tests {
     use super::*;
 
+    fn tally(passed: u64, failed: u64, skipped: u64) -> Tally {
+        Tally { passed, failed, skipped }
+    }
+
     #[test]
-    fn lines() {
-        let tally = |passed, failed, skipped| Some(Tally { passed, failed, skipped });
+    fn summaries() {
         let cases = [
             (
                 "test result: ok. 19 passed; 0 failed; 1 ignored; 0 measured; 2 filtered out; finished in 0.02s",
-                tally(19, 0, 1),
+                Some(tally(19, 0, 1)),
             ),
-            (
-                "test result: FAILED. 1 passed; 2 failed; 0 ignored; 0 measured; 0 filtered out",
-                tally(1, 2, 0),
-            ),
-            ("3 passed, 1 failed, 2 skipped", tally(3, 1, 2)),
-            ("skipped: no /dev/kvm", tally(0, 0, 1)),
+            ("test result: FAILED. 1 passed; 2 failed; 0 ignored; 0 measured", Some(tally(1, 2, 0))),
+            ("3 passed, 1 failed, 2 skipped", Some(tally(3, 1, 2))),
             ("test a ... ok", None),
             ("3 passed, 1 broken, 2 skipped", None),
             ("passed, failed, skipped", None),
@@ -83,7 +119,22 @@ mod tests {
 
     #[test]
     fn the_last_line_can_be_read_again() {
-        let tally = Tally { passed: 7, failed: 1, skipped: 2 };
+        let tally = tally(7, 1, 2);
         assert_eq!(Tally::of_line(&tally.to_string()), Some(tally));
+    }
+
+    #[test]
+    fn tests_that_skip_themselves() {
+        let output = "skipped: 14 cases need a machine of their own\n\
+                      test result: ok. 5 passed; 0 failed; 14 ignored\n\
+                      running 4 tests\ntest a ... ok\n\nsuccesses:\n\n\
+                      ---- a stdout ----\nskipped: needs root\nskipped: really\n\n\
+                      ---- b stdout ----\nhello\nSKIPPED b: no agent\n\n\
+                      successes:\n    a\n    b\n    c\n\n\
+                      test result: ok. 3 passed; 1 failed; 0 ignored; 0 measured\r\n\
+                      test result: ok. 1 passed; 0 failed; 0 ignored\n";
+        let mut counter = Counter::default();
+        output.lines().for_each(|line| counter.add(line));
+        assert_eq!(counter.tally(), tally(5 + 1 + 1, 1, 14 + 2));
     }
 }

@@ -69,10 +69,23 @@ fn look(config: &Config) -> Result<Report> {
         return Ok(conclude(None, findings));
     }
     findings.push(qemu(&config.vmm));
-    findings.push(file("guest kernel", &config.kernel, "run `cargo xtask build`, or name one as `kernel` in the configuration"));
-    findings.push(file("guest initramfs", &config.initramfs, "run `cargo xtask build`, or name one as `initrd` in the configuration"));
-    findings.push(file("device backend", &config.backend, "install bulkhead-backend beside this program, in libexec/bulkhead"));
-    findings.push(memory(config.default_memory_mib, &fs::read_to_string("/proc/meminfo").unwrap_or_default()));
+    findings.push(file(
+        "guest kernel",
+        &config.kernel,
+        "run `cargo xtask build`, or name one as `kernel` in the configuration",
+    ));
+    findings.push(file(
+        "guest initramfs",
+        &config.initramfs,
+        "run `cargo xtask build`, or name one as `initrd` in the configuration",
+    ));
+    findings.push(file(
+        "device backend",
+        &config.backend,
+        "install bulkhead-backend beside this program, in libexec/bulkhead",
+    ));
+    findings
+        .push(memory(config.default_memory_mib, &fs::read_to_string("/proc/meminfo").unwrap_or_default()));
     let complete = findings.iter().all(|finding| finding.grade != Grade::Missing);
     let accel = if complete { Some(acceleration(config, &mut findings)?) } else { None };
     findings.push(vsock());
@@ -80,8 +93,11 @@ fn look(config: &Config) -> Result<Report> {
 }
 
 fn conclude(accel: Option<Accel>, findings: Vec<Finding>) -> Report {
-    let missing: Vec<&str> =
-        findings.iter().filter(|finding| finding.grade == Grade::Missing).map(|finding| finding.what).collect();
+    let missing: Vec<&str> = findings
+        .iter()
+        .filter(|finding| finding.grade == Grade::Missing)
+        .map(|finding| finding.what)
+        .collect();
     let summary = match accel {
         _ if !missing.is_empty() => format!("This host cannot run VMs yet: see {}.", missing.join(", ")),
         Some(Accel::Kvm) => "This host can run VMs, with hardware virtualization (KVM).".to_owned(),
@@ -127,7 +143,11 @@ fn qemu(path: &Path) -> Finding {
     match version(first) {
         Some(found) if found >= OLDEST_QEMU => ok(WHAT, format!("{}, {first}", path.display())),
         Some(_) => missing(WHAT, format!("{}, {first}", path.display()), "install version 7.2 or newer"),
-        None => missing(WHAT, format!("{} does not say its version: {first:?}", path.display()), "install version 7.2 or newer"),
+        None => missing(
+            WHAT,
+            format!("{} does not say its version: {first:?}", path.display()),
+            "install version 7.2 or newer",
+        ),
     }
 }
 
@@ -174,11 +194,19 @@ fn acceleration(config: &Config, findings: &mut Vec<Finding>) -> Result<Option<A
         machine: &config.machine,
         cache_dir: &config.cache_dir,
     };
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("start the runtime")?;
+    let runtime =
+        tokio::runtime::Builder::new_current_thread().enable_all().build().context("start the runtime")?;
     let (accel, finding) = match runtime.block_on(resolve_accel(&query)) {
-        Ok(verdict) if verdict.accel == Accel::Kvm => (Some(Accel::Kvm), ok(WHAT, format!("KVM: {}", verdict.reason))),
-        Ok(verdict) => (Some(Accel::Tcg), note(WHAT, format!("TCG: {}", verdict.reason), tcg_remedy(config.accel))),
-        Err(error) => (None, missing(WHAT, error.to_string(), "set accel to \"auto\" in the configuration, or make KVM work")),
+        Ok(verdict) if verdict.accel == Accel::Kvm => {
+            (Some(Accel::Kvm), ok(WHAT, format!("KVM: {}", verdict.reason)))
+        }
+        Ok(verdict) => {
+            (Some(Accel::Tcg), note(WHAT, format!("TCG: {}", verdict.reason), tcg_remedy(config.accel)))
+        }
+        Err(error) => (
+            None,
+            missing(WHAT, error.to_string(), "set accel to \"auto\" in the configuration, or make KVM work"),
+        ),
     };
     findings.push(finding);
     Ok(accel)

@@ -183,7 +183,8 @@ mod tests {
             let sender = async {
                 for _ in 0..3 {
                     let heard = fake.heard.lock().unwrap().len();
-                    rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::USR1).unwrap();
+                    rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::USR1)
+                        .unwrap();
                     while fake.heard.lock().unwrap().len() == heard {
                         tokio::task::yield_now().await;
                     }

@@ -75,7 +75,8 @@ pub(crate) fn run(args: Exec) -> Result<u8> {
         size: if args.tty { tty::size() } else { None },
     };
     let process = process(&running, &overrides, args.user.as_deref())?;
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("start the runtime")?;
+    let runtime =
+        tokio::runtime::Builder::new_current_thread().enable_all().build().context("start the runtime")?;
     let code = runtime.block_on(execute(&running, &process, args.interactive, overrides.size));
     runtime.shutdown_background();
     code
@@ -84,11 +85,14 @@ pub(crate) fn run(args: Exec) -> Result<u8> {
 /// The process to add, from the container's own one and the command line.
 fn process(running: &Running, overrides: &Overrides, user: Option<&str>) -> Result<oci::Process> {
     let file = running.bundle().context("the run keeps no bundle")?.join("config.json");
-    let spec = oci::Spec::load(&file).with_context(|| format!("read {}; is the container started?", file.display()))?;
+    let spec = oci::Spec::load(&file)
+        .with_context(|| format!("read {}; is the container started?", file.display()))?;
     let user = match user {
         Some(text) => {
-            let rootfs = Path::new(running.label(running::ROOTFS).context("the run keeps no root file system")?);
-            let root = Root::open(rootfs).with_context(|| format!("root file system {}", rootfs.display()))?;
+            let rootfs =
+                Path::new(running.label(running::ROOTFS).context("the run keeps no root file system")?);
+            let root =
+                Root::open(rootfs).with_context(|| format!("root file system {}", rootfs.display()))?;
             Some(user::resolve(&root, text)?)
         }
         None => None,
@@ -158,7 +162,10 @@ impl Remote {
             process: Some(oci_json::process(process)?).into(),
             ..Default::default()
         };
-        self.agent.exec_process(bounded(), &request).await.map_err(|error| failure::agent("ExecProcess", &error))?;
+        self.agent
+            .exec_process(bounded(), &request)
+            .await
+            .map_err(|error| failure::agent("ExecProcess", &error))?;
         Ok(())
     }
 
@@ -170,7 +177,9 @@ impl Remote {
         };
         match self.agent.close_stdin(bounded(), &request).await {
             // A quick command has ended meanwhile.
-            Err(error) if Kind::of_error(&error) != Kind::NotFound => Err(failure::agent("CloseStdin", &error).into()),
+            Err(error) if Kind::of_error(&error) != Kind::NotFound => {
+                Err(failure::agent("CloseStdin", &error).into())
+            }
             _ => Ok(()),
         }
     }

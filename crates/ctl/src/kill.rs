@@ -28,7 +28,8 @@ pub(crate) fn run(args: &Kill) -> Result<u8> {
     run::ensure_root()?;
     let config = Config::load()?;
     let running = running::find_alive(&config, &args.name)?;
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("start the runtime")?;
+    let runtime =
+        tokio::runtime::Builder::new_current_thread().enable_all().build().context("start the runtime")?;
     runtime.block_on(send(&running, args.signal)).with_context(|| format!("kill container {}", args.name))?;
     Ok(0)
 }
@@ -36,8 +37,12 @@ pub(crate) fn run(args: &Kill) -> Result<u8> {
 /// Sends a signal to the container's first process; SIGKILL goes to all.
 pub(crate) async fn send(running: &Running, signal: u32) -> Result<()> {
     let agent = running.agent().await?;
-    let request = SignalProcessRequest { container_id: running.state.id.clone(), signal, ..Default::default() };
-    agent.signal_process(bounded(), &request).await.map_err(|error| failure::agent("SignalProcess", &error))?;
+    let request =
+        SignalProcessRequest { container_id: running.state.id.clone(), signal, ..Default::default() };
+    agent
+        .signal_process(bounded(), &request)
+        .await
+        .map_err(|error| failure::agent("SignalProcess", &error))?;
     Ok(())
 }
 
@@ -45,10 +50,15 @@ pub(crate) async fn send(running: &Running, signal: u32) -> Result<()> {
 fn signal(text: &str) -> Result<u32> {
     let upper = text.to_ascii_uppercase();
     if let Ok(number) = upper.parse::<u32>() {
-        return if (1..=64).contains(&number) { Ok(number) } else { bail!("signals are numbered from 1 to 64") };
+        return if (1..=64).contains(&number) {
+            Ok(number)
+        } else {
+            bail!("signals are numbered from 1 to 64")
+        };
     }
     let long = if upper.starts_with("SIG") { upper } else { format!("SIG{upper}") };
-    let known = nix::sys::signal::Signal::from_str(&long).ok().with_context(|| format!("{text} is no signal"))?;
+    let known =
+        nix::sys::signal::Signal::from_str(&long).ok().with_context(|| format!("{text} is no signal"))?;
     Ok((known as i32).unsigned_abs())
 }
 

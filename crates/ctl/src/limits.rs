@@ -41,8 +41,10 @@ impl FromStr for Memory {
             Some(b't') => (&lower[..lower.len() - 1], 40),
             _ => (lower, 0),
         };
-        let number: u64 = digits.parse().ok().context("a size is a number with an optional suffix: 512m, 1g")?;
-        let bytes = number.checked_mul(1 << shift).filter(|bytes| *bytes <= 1 << 44).context("more than 16 TiB")?;
+        let number: u64 =
+            digits.parse().ok().context("a size is a number with an optional suffix: 512m, 1g")?;
+        let bytes =
+            number.checked_mul(1 << shift).filter(|bytes| *bytes <= 1 << 44).context("more than 16 TiB")?;
         ensure!(bytes >= MIN_MEMORY, "the minimum is {} MiB", MIN_MEMORY / MIB);
         Ok(Memory { bytes })
     }
@@ -54,13 +56,21 @@ pub(crate) struct Cpus(f64);
 
 impl Cpus {
     /// Virtual CPUs of the VM.
-    #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "between 1 and 255 by construction")]
+    #[allow(
+        clippy::cast_possible_truncation,
+        clippy::cast_sign_loss,
+        reason = "between 1 and 255 by construction"
+    )]
     pub(crate) fn vcpus(self) -> u32 {
         self.0.ceil() as u32
     }
 
     /// Microseconds of CPU time in each [`Cpus::period`].
-    #[allow(clippy::cast_possible_truncation, clippy::cast_precision_loss, reason = "below 2^53 by construction")]
+    #[allow(
+        clippy::cast_possible_truncation,
+        clippy::cast_precision_loss,
+        reason = "below 2^53 by construction"
+    )]
     pub(crate) fn quota(self) -> i64 {
         (self.0 * PERIOD as f64).round() as i64
     }
@@ -88,7 +98,14 @@ mod tests {
 
     #[test]
     fn sizes() {
-        for (text, bytes) in [("512m", 512 << 20), ("1g", 1 << 30), ("1GiB", 1 << 30), ("64MB", 64 << 20), ("8388608", 8 << 20), ("8192k", 8 << 20)] {
+        for (text, bytes) in [
+            ("512m", 512 << 20),
+            ("1g", 1 << 30),
+            ("1GiB", 1 << 30),
+            ("64MB", 64 << 20),
+            ("8388608", 8 << 20),
+            ("8192k", 8 << 20),
+        ] {
             assert_eq!(text.parse::<Memory>().unwrap().bytes, bytes, "{text}");
         }
         for text in ["", "m", "-1g", "1.5g", "1x", "5m", "99999999t", "18446744073709551616"] {

@@ -94,3 +94,45 @@ fn usage(error: &clap::Error) -> ExitCode {
     let _ = error.print();
     ExitCode::from(if error.use_stderr() { failure::OURS } else { 0 })
 }
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory as _;
+
+    use super::*;
+
+    #[test]
+    fn the_arguments_agree_with_each_other() {
+        Cli::command().debug_assert();
+    }
+
+    fn run(args: &str) -> Result<Cli, clap::Error> {
+        Cli::try_parse_from(["bulkhead", "run"].into_iter().chain(args.split_whitespace()))
+    }
+
+    #[test]
+    fn a_run_has_one_source() {
+        for good in [
+            "i.tar",
+            "-it i.tar -- sh -c x",
+            "--rootfs d -- x -y",
+            "i.tar --rm -e A=1 -e B -- x",
+            "--debug i.tar",
+        ] {
+            assert!(run(good).is_ok(), "{good}");
+        }
+        for bad in [
+            "",
+            "-- x",
+            "--rootfs d i.tar",
+            "i.tar sh",
+            "i.tar -m 1",
+            "i.tar --cpus 0",
+            "i.tar -u :",
+            "i.tar -v /a",
+            "i.tar --name x",
+        ] {
+            assert!(run(bad).is_err(), "{bad}");
+        }
+    }
+}

@@ -44,7 +44,8 @@ pub(crate) fn run(args: &Rm) -> Result<u8> {
         ensure!(args.force, "{} is running; end it with `bulkhead rm -f {}`", args.name, args.name);
         end(&running).with_context(|| format!("end {}", args.name))?;
     }
-    cleanup(&config.state_root, &running.state.id).with_context(|| format!("remove what is left of {}", args.name))?;
+    cleanup(&config.state_root, &running.state.id)
+        .with_context(|| format!("remove what is left of {}", args.name))?;
     rundir::sweep(&config.cache_dir);
     Ok(0)
 }
@@ -60,9 +61,12 @@ fn end(running: &Running) -> Result<()> {
     if !running.is_alive() {
         return Ok(());
     }
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("start the runtime")?;
+    let runtime =
+        tokio::runtime::Builder::new_current_thread().enable_all().build().context("start the runtime")?;
     let killed = runtime.block_on(async {
-        tokio::time::timeout(PATIENCE, kill::send(running, libc::SIGKILL.unsigned_abs())).await.context("no answer")?
+        tokio::time::timeout(PATIENCE, kill::send(running, libc::SIGKILL.unsigned_abs()))
+            .await
+            .context("no answer")?
     });
     match killed {
         Ok(()) if ended(&owner, Some(PATIENCE))? => return Ok(()),

@@ -2,21 +2,26 @@
 
 use std::{
     path::{Path, PathBuf},
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Instant,
 };
 
 use anyhow::{Context as _, Result, bail, ensure};
 use bulkhead_sandbox::{Config, enter_private_mount_namespace};
-use clap::Args;
+use clap::{ArgGroup, Args};
 
 use crate::{
     archive::{self, Execution},
+    failure,
     limits::{Cpus, Memory},
     name,
     rundir::{self, RunDir},
     running,
     session::{self, Plan},
+    signals::Signals,
     spec::{self, Overrides},
     streams,
     timing::Timing,
@@ -29,6 +34,7 @@ use crate::{
 /// The exit code is the container's: 128 + n when signal n ended it. 125 means that bulkhead itself failed, 126 that the
 /// command cannot be executed, 127 that it was not found.
 #[derive(Debug, Args)]
+#[command(group(ArgGroup::new("source").required(true)))]
 pub(crate) struct Run {
     /// Accepted for the habit: nothing of a run is kept after its end anyway
     #[arg(long)]
@@ -64,10 +70,10 @@ pub(crate) struct Run {
     #[arg(long)]
     timing: bool,
     /// Run from this directory; the container can write to it, and what it writes stays
-    #[arg(long, value_name = "DIR", required_unless_present = "image", conflicts_with = "image")]
+    #[arg(long, value_name = "DIR", group = "source")]
     rootfs: Option<PathBuf>,
     /// Run from an image archive: what `docker save` or `skopeo copy ... oci-archive:` write, also gzip or zstd compressed
-    #[arg(value_name = "IMAGE.tar")]
+    #[arg(value_name = "IMAGE.tar", group = "source")]
     image: Option<PathBuf>,
     /// The command; replaces the image's Cmd
     #[arg(last = true, value_name = "CMD")]
@@ -86,20 +92,48 @@ pub(crate) fn run(args: Run, started: Instant) -> Result<u8> {
 }
 
 fn own(args: Run, timing: &mut Timing) -> Result<u8> {
-    let figures = args.timing;
-    let plan = plan(args)?;
+    ensure_root()?;
     // While this process has one thread: its mounts die with it, however it dies.
     enter_private_mount_namespace()?;
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("start the runtime")?;
-    let code = runtime.block_on(session::run(&plan, timing, figures));
-    // Threads that wait for the user's input, or for whoever reads our output, end with the process.
+    let runtime =
+        tokio::runtime::Builder::new_current_thread().enable_all().build().context("start the runtime")?;
+    let (code, plan) = runtime.block_on(interruptible(args, timing));
+    // A boot that was given up goes before the claim to the name does. Threads that wait for the user's input, or for
+    // whoever reads our output, end with the process.
     runtime.shutdown_background();
+    drop(plan);
     code
 }
 
+/// Plans and runs; a signal ends either. The plan comes back so that its directory outlives everything else.
+async fn interruptible(args: Run, timing: &mut Timing) -> (Result<u8>, Option<Plan>) {
+    let mut signals = match Signals::install().context("signal handlers") {
+        Ok(signals) => signals,
+        Err(error) => return (Err(error), None),
+    };
+    let figures = args.timing;
+    let stop = Arc::new(AtomicBool::new(false));
+    let mut planning = tokio::task::spawn_blocking({
+        let stop = Arc::clone(&stop);
+        move || plan(args, &stop)
+    });
+    let planned = tokio::select! {
+        planned = &mut planning => planned.context("plan the run").flatten(),
+        signal = signals.end() => {
+            stop.store(true, Ordering::Relaxed);
+            // With what it made so far.
+            drop(planning.await);
+            return (Ok(failure::signalled(signal)), None);
+        }
+    };
+    match planned {
+        Ok(plan) => (session::run(&plan, &mut signals, timing, figures).await, Some(plan)),
+        Err(error) => (Err(error), None),
+    }
+}
+
 /// Everything that can be found wrong before a VM is started.
-fn plan(args: Run) -> Result<Plan> {
-    ensure_root()?;
+fn plan(args: Run, stop: &AtomicBool) -> Result<Plan> {
     tty::check(args.interactive, args.tty)?;
     args.volume.iter().try_for_each(Volume::check)?;
     let config = Config::load()?;
@@ -123,7 +157,7 @@ fn plan(args: Run) -> Result<Plan> {
             (None, path, Execution::default(), origin)
         }
         (None, Some(path)) => {
-            let image = archive::open(&path, dir.path())?;
+            let image = archive::open(&path, dir.path(), stop)?;
             let execution = image.execution.clone();
             (Some(Arc::new(image)), dir.make("rootfs", 0o755)?, execution, path.display().to_string())
         }
@@ -169,7 +203,14 @@ fn forget_the_dead(config: &Config, name: &str) -> Result<()> {
 fn directory(path: &Path) -> Result<PathBuf> {
     let what = || format!("root file system {}", path.display());
     let full = path.canonicalize().with_context(what)?;
-    ensure!(full.is_dir(), "root file system {}: it is not a directory; give an image archive without --rootfs", path.display());
-    ensure!(full != Path::new("/"), "root file system /: the host's own root cannot be shared; give another directory");
+    ensure!(
+        full.is_dir(),
+        "root file system {}: it is not a directory; give an image archive without --rootfs",
+        path.display()
+    );
+    ensure!(
+        full != Path::new("/"),
+        "root file system /: the host's own root cannot be shared; give another directory"
+    );
     Ok(full)
 }

@@ -43,13 +43,19 @@ impl RunDir {
         let path = runs.join(&entry);
         loop {
             match lock(&parent, &entry).with_context(|| format!("directory {}", path.display()))? {
-                Lock::Held => bail!("the name {name} is in use by a live run; choose another one, or end it with `bulkhead rm -f {name}`"),
-                Lock::Taken(_) => tree::remove(&parent, entry.as_bytes()).with_context(|| path.display().to_string())?,
+                Lock::Held => bail!(
+                    "the name {name} is in use by a live run; choose another one, or end it with `bulkhead rm -f {name}`"
+                ),
+                Lock::Taken(_) => {
+                    tree::remove(&parent, entry.as_bytes()).with_context(|| path.display().to_string())?
+                }
                 Lock::Absent => {}
             }
             match fs::mkdirat(&parent, entry.as_str(), Mode::from_raw_mode(0o700)) {
                 Ok(()) | Err(Errno::EXIST) => {}
-                Err(error) => return Err(error).with_context(|| format!("make directory {}", path.display())),
+                Err(error) => {
+                    return Err(error).with_context(|| format!("make directory {}", path.display()));
+                }
             }
             // Between the two, somebody may have found it ownerless and removed it, or claimed it.
             if let Lock::Taken(lock) = lock(&parent, &entry)? {

@@ -93,8 +93,13 @@ pub(crate) fn find(config: &Config, name: &str) -> Result<Option<Running>> {
 
 /// The live run of that name or id.
 pub(crate) fn find_alive(config: &Config, name: &str) -> Result<Running> {
-    let Some(running) = find(config, name)? else { bail!("no run is named {name}; `bulkhead ps` lists them") };
-    ensure!(running.is_alive(), "{name} is dead, its owner was killed; remove what it left with `bulkhead rm {name}`");
+    let Some(running) = find(config, name)? else {
+        bail!("no run is named {name}; `bulkhead ps` lists them")
+    };
+    ensure!(
+        running.is_alive(),
+        "{name} is dead, its owner was killed; remove what it left with `bulkhead rm {name}`"
+    );
     Ok(running)
 }
 
@@ -130,7 +135,8 @@ mod tests {
 
     fn running(id: &str, name: Option<&str>, alive: bool) -> Running {
         let start_time = start_time(std::process::id()).unwrap();
-        let owner = serde_json::json!({"pid": std::process::id(), "start_time": start_time + u64::from(!alive)});
+        let owner =
+            serde_json::json!({"pid": std::process::id(), "start_time": start_time + u64::from(!alive)});
         let mut labels = BTreeMap::new();
         labels.extend(name.map(|name| (NAME.to_owned(), name.to_owned())));
         let state = State {

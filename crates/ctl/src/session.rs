@@ -64,17 +64,22 @@ pub(crate) struct Plan {
 }
 
 /// Runs the plan; returns the exit code.
-pub(crate) async fn run(plan: &Plan, timing: &mut Timing, figures: bool) -> Result<u8> {
-    let mut signals = Signals::install().context("signal handlers")?;
-    let sandbox = match prepare(plan, &mut signals).await? {
+pub(crate) async fn run(
+    plan: &Plan,
+    signals: &mut Signals,
+    timing: &mut Timing,
+    figures: bool,
+) -> Result<u8> {
+    let sandbox = match prepare(plan, signals).await? {
         Ok(sandbox) => sandbox,
         Err(signal) => return Ok(failure::signalled(signal)),
     };
     timing.sandbox = Some(sandbox.timings());
     announce(plan, sandbox.accel());
-    let end = contain(plan, &sandbox, &mut signals, timing).await;
+    let end = contain(plan, &sandbox, signals, timing).await;
     if figures && plan.config.hypervisor == Hypervisor::Qemu {
-        timing.guest = tokio::time::timeout(FIGURES_BOUND, sandbox.guest_timings()).await.ok().and_then(Result::ok);
+        timing.guest =
+            tokio::time::timeout(FIGURES_BOUND, sandbox.guest_timings()).await.ok().and_then(Result::ok);
     }
     let stopping = Instant::now();
     let stopped = sandbox.stop().await;
@@ -93,7 +98,8 @@ async fn prepare(plan: &Plan, signals: &mut Signals) -> Result<Result<Arc<Sandbo
     let mut unpacking = unpack(plan, &stop);
     let mut unpacked = false;
     let outcome = {
-        let boot = async { Sandbox::start(&plan.config, sandbox_spec(plan)).await.context("start the sandbox") };
+        let boot =
+            async { Sandbox::start(&plan.config, sandbox_spec(plan)).await.context("start the sandbox") };
         let fill = async {
             let done = (&mut unpacking).await;
             unpacked = true;
@@ -201,7 +207,8 @@ fn stdio(
 }
 
 async fn create(plan: &Plan, sandbox: &Sandbox, stdio: Stdio) -> Result<Arc<Container>> {
-    let root = Root::open(&plan.rootfs).with_context(|| format!("root file system {}", plan.rootfs.display()))?;
+    let root =
+        Root::open(&plan.rootfs).with_context(|| format!("root file system {}", plan.rootfs.display()))?;
     let user = user::resolve(&root, plan.user.as_deref().unwrap_or(&plan.execution.user))?;
     let spec = spec::container(&spec::Container {
         hostname: &plan.id,
@@ -226,7 +233,12 @@ async fn create(plan: &Plan, sandbox: &Sandbox, stdio: Stdio) -> Result<Arc<Cont
     sandbox.create_container(request).await.with_context(|| format!("create container {}", plan.name))
 }
 
-async fn converse(plan: &Plan, container: &Arc<Container>, signals: &mut Signals, health: &Health) -> Result<End> {
+async fn converse(
+    plan: &Plan,
+    container: &Arc<Container>,
+    signals: &mut Signals,
+    health: &Health,
+) -> Result<End> {
     let terminal = plan.overrides.terminal;
     let raw = if terminal && plan.interactive { Some(crate::tty::Raw::enter()?) } else { None };
     if let Some((rows, columns)) = plan.overrides.size {
@@ -259,8 +271,17 @@ async fn explain(sandbox: &Sandbox, end: &End, health: &Health) -> Result<u8> {
             () = std::future::ready(()) => None,
         };
         if let Some(exit) = lost {
-            let words = exit.last_words.lines().map(str::trim).rfind(|line| !line.is_empty()).unwrap_or("none").to_owned();
-            let error = anyhow!("the VM ended with code {} while the container ran; its last words: {words}", exit.code);
+            let words = exit
+                .last_words
+                .lines()
+                .map(str::trim)
+                .rfind(|line| !line.is_empty())
+                .unwrap_or("none")
+                .to_owned();
+            let error = anyhow!(
+                "the VM ended with code {} while the container ran; its last words: {words}",
+                exit.code
+            );
             streams::say(&failure::line(&error));
         }
     }

@@ -185,9 +185,7 @@ fn mounts(volumes: &[Volume]) -> serde_json::Value {
 }
 
 fn resources(memory: Option<Memory>, cpus: Option<Cpus>) -> serde_json::Value {
-    let allow = |kind: &str, major: i64, minor: Option<i64>, access: &str| {
-        json!({"allow": true, "type": kind, "major": major, "minor": minor, "access": access})
-    };
+    let allow = |kind: &str, major: i64, minor: Option<i64>, access: &str| json!({"allow": true, "type": kind, "major": major, "minor": minor, "access": access});
     let mut resources = json!({"devices": [
         {"allow": false, "access": "rwm"},
         // Making nodes is harmless; using one needs a rule of its own.
@@ -232,7 +230,8 @@ pub(crate) fn exec(spec: &oci::Spec, overrides: &Overrides, user: Option<&User>)
     document["env"] = json!(env);
     document["args"] = json!(overrides.command);
     document["terminal"] = json!(overrides.terminal);
-    document["consoleSize"] = overrides.size.map_or(json!(null), |(rows, columns)| json!({"height": rows, "width": columns}));
+    document["consoleSize"] =
+        overrides.size.map_or(json!(null), |(rows, columns)| json!({"height": rows, "width": columns}));
     if let Some(cwd) = &overrides.cwd {
         ensure!(cwd.starts_with('/'), "the working directory {cwd:?} must be absolute");
         document["cwd"] = json!(cwd);
@@ -243,13 +242,20 @@ pub(crate) fn exec(spec: &oci::Spec, overrides: &Overrides, user: Option<&User>)
 /// `-e K=V`, and `-e K` for what the caller's environment says, which may be nothing.
 pub(crate) fn settings(texts: &[String], environment: impl Fn(&str) -> Option<String>) -> Vec<String> {
     let setting = |text: &String| {
-        if text.contains('=') { Some(text.clone()) } else { environment(text).map(|value| format!("{text}={value}")) }
+        if text.contains('=') {
+            Some(text.clone())
+        } else {
+            environment(text).map(|value| format!("{text}={value}"))
+        }
     };
     texts.iter().filter_map(setting).collect()
 }
 
 /// Accepts what can be given to `-e`.
 pub(crate) fn check_setting(text: &str) -> Result<String> {
-    ensure!(!text.is_empty() && !text.starts_with('='), "an environment setting is NAME=VALUE, or NAME to pass it on");
+    ensure!(
+        !text.is_empty() && !text.starts_with('='),
+        "an environment setting is NAME=VALUE, or NAME to pass it on"
+    );
     Ok(text.to_owned())
 }

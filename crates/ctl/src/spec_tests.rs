@@ -66,7 +66,10 @@ fn the_command_line_wins() {
     let process = spec.process().as_ref().unwrap();
     assert_eq!(process.args().as_ref().unwrap(), &texts(&["/entry", "other", "args"]));
     let env = process.env().as_ref().unwrap();
-    assert_eq!(env, &texts(&["PATH=/image/bin", "HOSTNAME=host1", "TERM=xterm", "MODE=mine", "HOME=/h", "A=2"]));
+    assert_eq!(
+        env,
+        &texts(&["PATH=/image/bin", "HOSTNAME=host1", "TERM=xterm", "MODE=mine", "HOME=/h", "A=2"])
+    );
     assert_eq!(process.terminal(), Some(true));
     assert_eq!(process.console_size().as_ref().unwrap().height(), 24);
     assert_eq!(process.cwd(), Path::new("/w"));
@@ -75,7 +78,8 @@ fn the_command_line_wins() {
 #[test]
 fn only_root_starts_with_capabilities() {
     for (uid, held) in [(0, 14), (1000, 0)] {
-        let spec = spec(&image(), &Overrides::default(), &User { uid, gid: 7, groups: vec![8], ..User::default() });
+        let spec =
+            spec(&image(), &Overrides::default(), &User { uid, gid: 7, groups: vec![8], ..User::default() });
         let process = spec.process().as_ref().unwrap();
         let capabilities = process.capabilities().as_ref().unwrap();
         assert_eq!(capabilities.effective().as_ref().unwrap().len(), held);
@@ -91,7 +95,10 @@ fn volumes_follow_the_defaults() {
     let spec = spec(&image(), &Overrides::default(), &User::default());
     let mounts = spec.mounts().as_ref().unwrap();
     let last = mounts.last().unwrap();
-    assert_eq!((last.destination().as_path(), last.source().as_ref().unwrap().as_path()), (Path::new("/mnt"), Path::new("/data")));
+    assert_eq!(
+        (last.destination().as_path(), last.source().as_ref().unwrap().as_path()),
+        (Path::new("/mnt"), Path::new("/data"))
+    );
     assert!(last.options().as_ref().unwrap().contains(&"ro".to_owned()));
     assert_eq!(mounts[0].destination(), Path::new("/proc"));
     assert_eq!(mounts.len(), 8);
@@ -101,7 +108,8 @@ fn volumes_follow_the_defaults() {
 fn something_must_be_run_somewhere() {
     assert!(command(&Execution::default(), &[]).is_err());
     assert_eq!(command(&Execution::default(), &texts(&["x"])).unwrap(), ["x"]);
-    let overrides = Overrides { cwd: Some("relative".into()), command: texts(&["x"]), ..Overrides::default() };
+    let overrides =
+        Overrides { cwd: Some("relative".into()), command: texts(&["x"]), ..Overrides::default() };
     let from = Container {
         hostname: "h",
         rootfs: Path::new("/r"),

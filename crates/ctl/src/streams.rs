@@ -97,7 +97,10 @@ impl Sink {
 
 /// A pipe for an output of the container: the end to give away, and the task that copies to the user until the pipe ends,
 /// or until `ended` says that all is in it and it is empty.
-pub(crate) fn output(sink: Sink, ended: watch::Receiver<bool>) -> io::Result<(OwnedFd, tokio::task::JoinHandle<()>)> {
+pub(crate) fn output(
+    sink: Sink,
+    ended: watch::Receiver<bool>,
+) -> io::Result<(OwnedFd, tokio::task::JoinHandle<()>)> {
     let (read, write) = rustix::pipe::pipe_with(PipeFlags::CLOEXEC)?;
     let receiver = Receiver::from_owned_fd(read)?;
     Ok((write, tokio::spawn(copy(receiver, sink, ended))))
@@ -140,7 +143,9 @@ pub(crate) fn input() -> io::Result<OwnedFd> {
                 Ok(0) => return Ok(()),
                 Ok(read) => write_all(write.as_fd(), &buffer[..read])?,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => wait(stdin.as_fd(), PollFlags::IN)?,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    wait(stdin.as_fd(), PollFlags::IN)?
+                }
                 Err(error) => return Err(error),
             }
         }
@@ -170,7 +175,7 @@ fn wait(fd: BorrowedFd<'_>, flags: PollFlags) -> io::Result<()> {
 
 /// One line to the user, who may be in raw mode and may have gone.
 pub(crate) fn say(text: &str) {
-    let end = if crate::tty::on_stdin() { "\r\n" } else { "\n" };
+    let end = if crate::tty::needs_return() { "\r\n" } else { "\n" };
     let _ = write!(io::stderr(), "{text}{end}");
 }
 
@@ -191,7 +196,10 @@ mod tests {
     #[test]
     fn output_is_complete_though_the_writer_keeps_its_end() {
         runtime().block_on(async {
-            let (mut to_read, to_write) = { let (read, write) = pipe(); (std::fs::File::from(read), write) };
+            let (mut to_read, to_write) = {
+                let (read, write) = pipe();
+                (std::fs::File::from(read), write)
+            };
             let health = Arc::new(Health::default());
             let sink = Sink::new(to_write.as_fd(), "x", &health).unwrap();
             drop(to_write);

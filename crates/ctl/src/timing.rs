@@ -64,7 +64,8 @@ mod tests {
         timing.exited = Some(started + Duration::from_micros(1_234_567));
         timing.sandbox = Some(Timings { vmm_spawn: Duration::from_millis(20), ..Timings::default() });
         let line = timing.line();
-        let json: serde_json::Value = serde_json::from_str(line.strip_prefix("bulkhead: timing ").unwrap()).unwrap();
+        let json: serde_json::Value =
+            serde_json::from_str(line.strip_prefix("bulkhead: timing ").unwrap()).unwrap();
         assert_eq!(json["timing"]["exit_ms"], 1234.567);
         assert_eq!(json["timing"]["vmm_spawn_ms"], 20.0);
         assert!(json["timing"]["first_output_ms"].is_null());

@@ -92,7 +92,12 @@ fn unlink(dir: impl AsFd, entry: &DirEntry) -> io::Result<bool> {
 }
 
 fn open(dir: impl AsFd, name: impl rustix::path::Arg) -> io::Result<std::os::fd::OwnedFd> {
-    Ok(fs::openat(dir, name, OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty())?)
+    Ok(fs::openat(
+        dir,
+        name,
+        OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC,
+        Mode::empty(),
+    )?)
 }
 
 #[cfg(test)]

@@ -17,6 +17,11 @@ pub(crate) fn on_stdin() -> bool {
     termios::isatty(io::stdin())
 }
 
+/// Whether the standard error is a terminal in raw mode, where a new line does not begin at the left.
+pub(crate) fn needs_return() -> bool {
+    SAVED.lock().unwrap_or_else(PoisonError::into_inner).is_some() && termios::isatty(io::stderr())
+}
+
 /// Says why a terminal cannot be interactive here, before anything is started.
 pub(crate) fn check(interactive: bool, terminal: bool) -> Result<()> {
     ensure!(
@@ -55,7 +60,8 @@ impl Raw {
         raw.make_raw();
         *SAVED.lock().unwrap_or_else(PoisonError::into_inner) = Some((fd, before));
         let guard = Raw(());
-        termios::tcsetattr(io::stdin(), OptionalActions::Flush, &raw).context("set the terminal to raw mode")?;
+        termios::tcsetattr(io::stdin(), OptionalActions::Flush, &raw)
+            .context("set the terminal to raw mode")?;
         Ok(guard)
     }
 }

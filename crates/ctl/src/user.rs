@@ -55,20 +55,25 @@ fn lookup(text: &str, passwd: &str, group: &str) -> Result<User> {
     let uid = match (&account, number) {
         (Some(account), _) => account.uid,
         (None, Some(uid)) => uid,
-        (None, None) => bail!("no such name in the container's /etc/passwd; use a numeric id, or one of its names"),
+        (None, None) => {
+            bail!("no such name in the container's /etc/passwd; use a numeric id, or one of its names")
+        }
     };
     let home = account.as_ref().map_or("", |account| account.home);
     let home = if home.is_empty() { "/" } else { home }.to_owned();
     if let Some(wanted) = wanted.filter(|wanted| !wanted.is_empty()) {
         let number = id(wanted)?;
         let named = groups(group).find(|group| group.name == wanted).map(|group| group.gid);
-        let gid = named.or(number).ok_or_else(|| anyhow!("no group {wanted:?} in the container's /etc/group"))?;
+        let gid =
+            named.or(number).ok_or_else(|| anyhow!("no group {wanted:?} in the container's /etc/group"))?;
         return Ok(User { uid, gid, groups: Vec::new(), home });
     }
     let gid = account.as_ref().map_or(0, |account| account.gid);
     let name = account.as_ref().map(|account| account.name);
-    let lists = |group: &Group<'_>| name.is_some_and(|name| group.members.split(',').any(|member| member == name));
-    let mut extra: Vec<u32> = groups(group).filter(lists).map(|group| group.gid).filter(|id| *id != gid).collect();
+    let lists =
+        |group: &Group<'_>| name.is_some_and(|name| group.members.split(',').any(|member| member == name));
+    let mut extra: Vec<u32> =
+        groups(group).filter(lists).map(|group| group.gid).filter(|id| *id != gid).collect();
     extra.sort_unstable();
     extra.dedup();
     Ok(User { uid, gid, groups: extra, home })
@@ -79,7 +84,11 @@ fn id(text: &str) -> Result<Option<u32>> {
     if !text.bytes().all(|byte| byte.is_ascii_digit()) {
         return Ok(None);
     }
-    let id: u32 = text.parse().ok().filter(|id| *id != u32::MAX).with_context(|| format!("{text} is not a valid id"))?;
+    let id: u32 = text
+        .parse()
+        .ok()
+        .filter(|id| *id != u32::MAX)
+        .with_context(|| format!("{text} is not a valid id"))?;
     Ok(Some(id))
 }
 
@@ -87,7 +96,12 @@ fn accounts(passwd: &str) -> impl Iterator<Item = Account<'_>> {
     passwd.lines().filter_map(|line| {
         let mut fields = line.split(':');
         let (name, _, uid, gid) = (fields.next()?, fields.next()?, fields.next()?, fields.next()?);
-        Some(Account { name, uid: uid.parse().ok()?, gid: gid.parse().ok()?, home: fields.nth(1).unwrap_or("") })
+        Some(Account {
+            name,
+            uid: uid.parse().ok()?,
+            gid: gid.parse().ok()?,
+            home: fields.nth(1).unwrap_or(""),
+        })
     })
 }
 
@@ -112,7 +126,8 @@ pub(crate) fn check(text: &str) -> Result<String> {
 mod tests {
     use super::*;
 
-    const PASSWD: &str = "root:x:0:0:root:/root:/bin/sh\nbroken\napp:x:1000:100::/home/app:\nnohome:x:7:7\n#c:x:y:z\n";
+    const PASSWD: &str =
+        "root:x:0:0:root:/root:/bin/sh\nbroken\napp:x:1000:100::/home/app:\nnohome:x:7:7\n#c:x:y:z\n";
     const GROUP: &str = "root:x:0:\nusers:x:100:app\nwheel:x:10:root,app\naudio:x:29:app,other\nbad:x\n";
 
     #[test]

@@ -27,8 +27,11 @@ impl FromStr for Volume {
         };
         ensure!(host.starts_with('/'), "the host's path {host:?} must be absolute");
         ensure!(guest.starts_with('/'), "the container's path {guest:?} must be absolute");
-        ensure!(guest.trim_matches('/') != "", "a volume cannot cover the container's root");
-        ensure!(!guest.split('/').any(|name| name == ".."), "the container's path {guest:?} must not contain ..");
+        ensure!(!guest.trim_matches('/').is_empty(), "a volume cannot cover the container's root");
+        ensure!(
+            !guest.split('/').any(|name| name == ".."),
+            "the container's path {guest:?} must not contain .."
+        );
         let read_only = match mode {
             "ro" => true,
             "rw" => false,

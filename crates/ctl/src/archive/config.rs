@@ -65,7 +65,8 @@ pub(crate) fn host_architecture() -> &'static str {
 pub(crate) fn parse(name: &str, bytes: &[u8], layers: usize) -> Result<(Execution, Vec<Digest>)> {
     let document: Document = super::source::json(name, bytes)?;
     let (os, architecture) = (&document.os, &document.architecture);
-    let fits = matches!(os.as_str(), "" | "linux") && (architecture.is_empty() || architecture == host_architecture());
+    let fits = matches!(os.as_str(), "" | "linux")
+        && (architecture.is_empty() || architecture == host_architecture());
     ensure!(fits, "the image is for {os}/{architecture}, and this host runs linux/{}", host_architecture());
     let found = document.rootfs.diff_ids.len();
     ensure!(found == layers, "the image has {layers} layers, but its configuration lists {found}");
@@ -93,7 +94,9 @@ mod tests {
 
     #[test]
     fn images_for_others_are_refused() {
-        for text in [r#"{"os":"windows","rootfs":{}}"#, r#"{"architecture":"s390x","os":"linux","rootfs":{}}"#] {
+        for text in
+            [r#"{"os":"windows","rootfs":{}}"#, r#"{"architecture":"s390x","os":"linux","rootfs":{}}"#]
+        {
             assert!(parse("c", text.as_bytes(), 0).unwrap_err().to_string().contains("this host runs"));
         }
         assert!(parse("c", b"[1]", 0).is_err());

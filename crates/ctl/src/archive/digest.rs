@@ -65,7 +65,10 @@ impl<R: Read> Hashing<R> {
     pub(crate) fn verify(mut self, expected: &Digest) -> Result<()> {
         io::copy(&mut self, &mut io::sink())?;
         let found = Digest::finish(self.hasher);
-        ensure!(found == *expected, "its content has the digest {found}, not {expected}: the archive is damaged");
+        ensure!(
+            found == *expected,
+            "its content has the digest {found}, not {expected}: the archive is damaged"
+        );
         Ok(())
     }
 }
@@ -95,7 +98,9 @@ mod tests {
 
     #[test]
     fn only_digests_parse() {
-        for text in ["", "abc", "md5:00", "sha256:", "sha256:../../x", &ABC.to_uppercase(), &format!("{ABC}0")] {
+        for text in
+            ["", "abc", "md5:00", "sha256:", "sha256:../../x", &ABC.to_uppercase(), &format!("{ABC}0")]
+        {
             assert!(text.parse::<Digest>().is_err(), "{text}");
         }
     }

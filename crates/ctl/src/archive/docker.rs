@@ -29,7 +29,8 @@ pub(crate) fn image(source: Source) -> Result<Image> {
         [one] => one,
         [] => bail!("{MANIFEST} lists no image"),
         several => {
-            let tags: Vec<&str> = several.iter().flat_map(|one| one.repo_tags.iter().flatten()).map(String::as_str).collect();
+            let tags: Vec<&str> =
+                several.iter().flat_map(|one| one.repo_tags.iter().flatten()).map(String::as_str).collect();
             bail!("it holds {} images ({}); save one image into an archive", several.len(), tags.join(", "));
         }
     };
@@ -37,7 +38,11 @@ pub(crate) fn image(source: Source) -> Result<Image> {
     // The configuration is named by its digest: `<hex>.json`, or `blobs/sha256/<hex>`.
     let stem = manifest.config.rsplit('/').next().unwrap_or_default().trim_end_matches(".json");
     if let Ok(digest) = format!("sha256:{stem}").parse::<Digest>() {
-        ensure!(Digest::of(&bytes) == digest, "{} does not have the digest it is named by: the archive is damaged", manifest.config);
+        ensure!(
+            Digest::of(&bytes) == digest,
+            "{} does not have the digest it is named by: the archive is damaged",
+            manifest.config
+        );
     }
     super::check_layer_count(manifest.layers.len())?;
     let (execution, digests) = config::parse(&manifest.config, &bytes, manifest.layers.len())?;

@@ -109,7 +109,10 @@ impl<'a> Layer<'a> {
         match fs::statat(parent, os(name), AtFlags::SYMLINK_NOFOLLOW) {
             Err(Errno::NOENT) => Ok(None),
             Err(error) => Err(error.into()),
-            Ok(stat) if kind == EntryType::Directory && FileType::from_raw_mode(stat.st_mode) == FileType::Directory => {
+            Ok(stat)
+                if kind == EntryType::Directory
+                    && FileType::from_raw_mode(stat.st_mode) == FileType::Directory =>
+            {
                 Ok(Some(open_dir(parent, name)?))
             }
             Ok(_) => {
@@ -121,7 +124,12 @@ impl<'a> Layer<'a> {
 
     fn white_out(&mut self, parent: &OwnedFd, name: &[u8]) -> Result<()> {
         if name == OPAQUE {
-            let dir = fs::openat(parent, c".", OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
+            let dir = fs::openat(
+                parent,
+                c".",
+                OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC,
+                Mode::empty(),
+            )?;
             return self.remove_lower(&dir, 0);
         }
         if name.starts_with(BOOKKEEPING) {
@@ -168,7 +176,13 @@ impl<'a> Layer<'a> {
         Ok(())
     }
 
-    fn file(&mut self, parent: &OwnedFd, name: &[u8], member: &Member, content: &mut impl Read) -> Result<()> {
+    fn file(
+        &mut self,
+        parent: &OwnedFd,
+        name: &[u8],
+        member: &Member,
+        content: &mut impl Read,
+    ) -> Result<()> {
         let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let fd = fs::openat(parent, os(name), flags, Mode::from_raw_mode(0o600))?;
         let mut file = std::fs::File::from(fd);
@@ -232,7 +246,11 @@ impl<'a> Layer<'a> {
 fn components(path: &[u8]) -> Result<Vec<&[u8]>> {
     let names: Vec<&[u8]> =
         path.split(|byte| *byte == b'/').filter(|name| !matches!(*name, b"" | b".")).collect();
-    ensure!(!names.contains(&&b".."[..]), "the path {:?} leads out of the layer", String::from_utf8_lossy(path));
+    ensure!(
+        !names.contains(&&b".."[..]),
+        "the path {:?} leads out of the layer",
+        String::from_utf8_lossy(path)
+    );
     ensure!(names.len() <= MAX_DEPTH, "the path has {} components", names.len());
     Ok(names)
 }

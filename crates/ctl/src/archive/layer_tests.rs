@@ -41,7 +41,8 @@ impl Bench {
     }
 
     fn host_is_untouched(&self) {
-        let names: Vec<_> = fs::read_dir(self.dir.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+        let names: Vec<_> =
+            fs::read_dir(self.dir.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
         assert_eq!(names.len(), 2, "{names:?}");
         assert_eq!(fs::read_dir(self.dir.path().join("host")).unwrap().count(), 1);
         assert_eq!(fs::read_to_string(self.dir.path().join("host/file")).unwrap(), "host");
@@ -112,9 +113,22 @@ fn every_kind_with_its_attributes() {
 #[test]
 fn whiteouts_remove_what_lower_layers_put() {
     let bench = Bench::new();
-    bench.apply(&[(FILE, "a/one", "1"), (FILE, "a/two", "2"), (FILE, "b/sub/three", "3"), (FILE, "b/four", "4")]).unwrap();
     bench
-        .apply(&[(FILE, "a/.wh.one", ""), (FILE, "a/.wh.absent", ""), (FILE, "b/new", "n"), (FILE, "b/.wh..wh..opq", ""), (FILE, "b/late", "l")])
+        .apply(&[
+            (FILE, "a/one", "1"),
+            (FILE, "a/two", "2"),
+            (FILE, "b/sub/three", "3"),
+            (FILE, "b/four", "4"),
+        ])
+        .unwrap();
+    bench
+        .apply(&[
+            (FILE, "a/.wh.one", ""),
+            (FILE, "a/.wh.absent", ""),
+            (FILE, "b/new", "n"),
+            (FILE, "b/.wh..wh..opq", ""),
+            (FILE, "b/late", "l"),
+        ])
         .unwrap();
     assert!(!bench.path("a/one").exists());
     assert_eq!(bench.text("a/two"), "2");
@@ -132,7 +146,13 @@ fn whiteouts_spare_what_their_own_layer_puts() {
     bench.apply(&[(FILE, "d/x/old", ""), (FILE, "f", "old")]).unwrap();
     // The order within a layer says nothing: a white-out is about the layers below.
     bench
-        .apply(&[(DIR, "d/", ""), (FILE, "d/x/new", "new"), (FILE, ".wh.d", ""), (FILE, "f", "new"), (FILE, ".wh.f", "")])
+        .apply(&[
+            (DIR, "d/", ""),
+            (FILE, "d/x/new", "new"),
+            (FILE, ".wh.d", ""),
+            (FILE, "f", "new"),
+            (FILE, ".wh.f", ""),
+        ])
         .unwrap();
     assert_eq!(bench.text("d/x/new"), "new");
     assert!(!bench.path("d/x/old").exists());

@@ -9,24 +9,22 @@ mod docker;
 mod layer;
 #[cfg(test)]
 mod layer_tests;
+mod meter;
 mod oci;
 mod source;
+mod tarball;
 #[cfg(test)]
 mod tests;
-mod tarball;
 
-use std::{
-    io::{self, BufReader, Read},
-    path::Path,
-    sync::atomic::{AtomicBool, Ordering},
-};
+use std::{io::BufReader, path::Path, sync::atomic::AtomicBool};
 
 use anyhow::{Context as _, Result, bail, ensure};
 
 pub(crate) use config::Execution;
 use digest::{Digest, Hashing};
 use layer::Layer;
-use source::{MAX_UNPACKED, Section, Source, decompress};
+use meter::{MAX_UNPACKED, Metered};
+use source::{Section, Source, decompress};
 use tarball::Tarball;
 
 use crate::inroot::Root;
@@ -53,17 +51,22 @@ struct Blob {
     plain: Digest,
 }
 
-/// Opens an archive and finds its image. `spool` is a directory for the uncompressed copy of a compressed archive.
-pub(crate) fn open(path: &Path, spool: &Path) -> Result<Image> {
+/// Opens an archive and finds its image. `spool` is a directory for the uncompressed copy of a compressed archive; making
+/// it ends with an error soon after `stop` is set.
+pub(crate) fn open(path: &Path, spool: &Path, stop: &AtomicBool) -> Result<Image> {
     let image = || {
-        let source = Source::open(path, spool)?;
+        let source = Source::open(path, spool, stop)?;
         // Recent docker writes both; the OCI documents carry more digests.
         if source.has(oci::INDEX) {
             oci::image(source)
         } else if source.has(docker::MANIFEST) {
             docker::image(source)
         } else {
-            bail!("it has neither {} nor {}: not an image archive (make one with `docker save`)", docker::MANIFEST, oci::INDEX)
+            bail!(
+                "it has neither {} nor {}: not an image archive (make one with `docker save`)",
+                docker::MANIFEST,
+                oci::INDEX
+            )
         }
     };
     image().with_context(|| format!("image {}", path.display()))
@@ -100,26 +103,5 @@ impl Blob {
             Some(digest) => stored.verify(digest),
             None => Ok(()),
         }
-    }
-}
-
-/// A reader that ends with an error when more comes than an image may have, or when somebody stops it.
-struct Metered<'a, R> {
-    reader: R,
-    budget: &'a mut u64,
-    stop: &'a AtomicBool,
-}
-
-impl<R: Read> Read for Metered<'_, R> {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        if self.stop.load(Ordering::Relaxed) {
-            return Err(io::Error::other("stopped"));
-        }
-        let read = self.reader.read(buffer)?;
-        match self.budget.checked_sub(read as u64) {
-            Some(left) => *self.budget = left,
-            None => return Err(io::Error::other(format!("the image is larger than {} GiB unpacked", MAX_UNPACKED >> 30))),
-        }
-        Ok(read)
     }
 }

@@ -68,7 +68,10 @@ impl Descriptor {
     fn bytes(&self, source: &Source) -> Result<Vec<u8>> {
         let (name, digest) = self.name()?;
         let bytes = source.bytes(&name)?;
-        ensure!(Digest::of(&bytes) == digest, "{name} does not have the digest it is named by: the archive is damaged");
+        ensure!(
+            Digest::of(&bytes) == digest,
+            "{name} does not have the digest it is named by: the archive is damaged"
+        );
         Ok(bytes)
     }
 }
@@ -83,7 +86,11 @@ pub(crate) fn image(source: Source) -> Result<Image> {
     found.dedup_by(|one, other| one.digest == other.digest);
     let manifest = match found.as_slice() {
         [one] => one,
-        [] => bail!("it has no image for linux/{}, only for [{}]", config::host_architecture(), others.join(", ")),
+        [] => bail!(
+            "it has no image for linux/{}, only for [{}]",
+            config::host_architecture(),
+            others.join(", ")
+        ),
         several => bail!("it holds {} images for this host; save one image into an archive", several.len()),
     };
     read(&source, &manifest.bytes(&source).context("image manifest")?)
@@ -107,7 +114,8 @@ fn collect(
             found.push(descriptor);
         } else {
             // Exporters keep the index of all platforms and leave the blobs of the others out.
-            let platform = descriptor.platform.map(|platform| format!("{}/{}", platform.os, platform.architecture));
+            let platform =
+                descriptor.platform.map(|platform| format!("{}/{}", platform.os, platform.architecture));
             others.push(platform.unwrap_or(descriptor.digest));
         }
     }
@@ -124,7 +132,10 @@ fn read(source: &Source, manifest: &[u8]) -> Result<Image> {
         let (name, stored) = layer.name()?;
         let section = source.section(&name)?;
         let size = section.size;
-        ensure!(layer.size.is_none_or(|expected| expected == size), "{name} has {size} bytes, not what its manifest says");
+        ensure!(
+            layer.size.is_none_or(|expected| expected == size),
+            "{name} has {size} bytes, not what its manifest says"
+        );
         Ok(Blob { section, name, stored: Some(stored), plain })
     });
     Ok(Image { execution, layers: layers.collect::<Result<_>>().context("a layer is missing or damaged")? })

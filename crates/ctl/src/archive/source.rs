@@ -6,19 +6,20 @@ use std::{
     io::{self, BufRead, BufReader, Read, Write as _},
     os::unix::fs::FileExt as _,
     path::Path,
-    sync::Arc,
+    sync::{Arc, atomic::AtomicBool},
 };
 
 use anyhow::{Context as _, Result, bail, ensure};
 use serde::de::DeserializeOwned;
 use tar::EntryType;
 
-use super::tarball::Tarball;
+use super::{
+    meter::{MAX_UNPACKED, Metered},
+    tarball::Tarball,
+};
 
 /// Manifests and configurations; the largest seen are some hundred KiB.
 pub(crate) const MAX_JSON: u64 = 8 << 20;
-/// What one image may unpack to.
-pub(crate) const MAX_UNPACKED: u64 = 64 << 30;
 /// Members of the archive itself: a few a layer.
 const MAX_MEMBERS: usize = 100_000;
 /// Old docker archives link equal layers to each other.
@@ -48,7 +49,7 @@ pub(crate) struct Section {
 
 impl Source {
     /// Opens and indexes an archive. One that is compressed as a whole is unpacked into an unnamed file in `spool`.
-    pub(crate) fn open(path: &Path, spool: &Path) -> Result<Source> {
+    pub(crate) fn open(path: &Path, spool: &Path, stop: &AtomicBool) -> Result<Source> {
         let file = File::open(path)?;
         let kind = file.metadata()?.file_type();
         ensure!(!kind.is_dir(), "it is a directory; to run from a directory use --rootfs");
@@ -57,9 +58,11 @@ impl Source {
         let file = match compression(reader.fill_buf()?) {
             None => reader.into_inner(),
             Some(_) => {
-                let mut plain = tempfile::tempfile_in(spool).context("a file for the uncompressed archive")?;
-                let copied = io::copy(&mut decompress(reader)?.take(MAX_UNPACKED + 1), &mut plain)?;
-                ensure!(copied <= MAX_UNPACKED, "it is larger than {} GiB uncompressed", MAX_UNPACKED >> 30);
+                let mut plain =
+                    tempfile::tempfile_in(spool).context("a file for the uncompressed archive")?;
+                let mut budget = MAX_UNPACKED;
+                let mut metered = Metered { reader: decompress(reader)?, budget: &mut budget, stop };
+                io::copy(&mut metered, &mut plain)?;
                 plain.flush()?;
                 plain
             }
@@ -72,8 +75,9 @@ impl Source {
         let file = Arc::new(file);
         let mut members = HashMap::new();
         let whole = Section { file: Arc::clone(&file), offset: 0, size: length };
-        let mut tarball = Tarball::seekable(BufReader::with_capacity(4096, Cursor { section: whole, length }));
-        while let Some(member) = tarball.next()? {
+        let mut tarball =
+            Tarball::seekable(BufReader::with_capacity(4096, Cursor { section: whole, length }));
+        while let Some(member) = tarball.next().context("no image archive; make one with `docker save`")? {
             let Ok(name) = String::from_utf8(member.path) else { continue };
             let name = normal(&name);
             let entry = match member.kind {
@@ -83,7 +87,10 @@ impl Source {
                 }
                 EntryType::Symlink => {
                     let target = String::from_utf8_lossy(&member.link).into_owned();
-                    Entry::Link(normal(&format!("{}/{target}", name.rsplit_once('/').map_or("", |(dir, _)| dir))))
+                    Entry::Link(normal(&format!(
+                        "{}/{target}",
+                        name.rsplit_once('/').map_or("", |(dir, _)| dir)
+                    )))
                 }
                 EntryType::Link => Entry::Link(normal(&String::from_utf8_lossy(&member.link))),
                 _ => continue,
@@ -117,7 +124,11 @@ impl Source {
     /// A whole member of bounded size.
     pub(crate) fn bytes(&self, name: &str) -> Result<Vec<u8>> {
         let mut section = self.section(name)?;
-        ensure!(section.size <= MAX_JSON, "{name} has {} bytes, which is too large for what it is", section.size);
+        ensure!(
+            section.size <= MAX_JSON,
+            "{name} has {} bytes, which is too large for what it is",
+            section.size
+        );
         let mut bytes = Vec::new();
         section.read_to_end(&mut bytes).with_context(|| name.to_owned())?;
         Ok(bytes)
@@ -207,7 +218,9 @@ pub(crate) fn decompress<'a>(mut reader: impl BufRead + 'a) -> Result<Box<dyn Re
         Some(Compression::Zstd) => {
             Box::new(BufReader::new(zstd::stream::read::Decoder::with_buffer(reader).context("zstd")?))
         }
-        Some(Compression::Unsupported(name)) => bail!("it is compressed with {name}: only gzip and zstd are supported"),
+        Some(Compression::Unsupported(name)) => {
+            bail!("it is compressed with {name}: only gzip and zstd are supported")
+        }
     })
 }
 
@@ -218,7 +231,7 @@ mod tests {
     fn open(bytes: &[u8]) -> Result<Source> {
         let dir = tempfile::tempdir().unwrap();
         std::fs::write(dir.path().join("x"), bytes).unwrap();
-        Source::open(&dir.path().join("x"), dir.path())
+        Source::open(&dir.path().join("x"), dir.path(), &AtomicBool::new(false))
     }
 
     fn sample() -> Vec<u8> {
@@ -252,12 +265,17 @@ mod tests {
 
     #[test]
     fn what_is_no_archive_says_so() {
-        assert!(open(&sample()[..515]).unwrap_err().to_string().contains("truncated"));
-        assert!(format!("{:#}", open(b"#!/bin/sh\n").unwrap_err()).contains("truncated"));
+        assert!(format!("{:#}", open(&sample()[..515]).unwrap_err()).contains("truncated"));
+        assert!(format!("{:#}", open(b"#!/bin/sh\n").unwrap_err()).contains("not a tar archive"));
         assert!(format!("{:#}", open(&[b'x'; 4096]).unwrap_err()).contains("not a tar archive"));
         assert!(open(b"\xfd7zXZ\0").unwrap_err().to_string().contains("xz"));
         assert!(open(&[0x1f, 0x8b, 8, 0, 0]).is_err());
         let dir = tempfile::tempdir().unwrap();
-        assert!(Source::open(dir.path(), dir.path()).unwrap_err().to_string().contains("--rootfs"));
+        assert!(
+            Source::open(dir.path(), dir.path(), &AtomicBool::new(false))
+                .unwrap_err()
+                .to_string()
+                .contains("--rootfs")
+        );
     }
 }

@@ -89,7 +89,10 @@ impl<R: Read> Tarball<R> {
             let size = header.entry_size().context("damaged tar header: size")?;
             if matches!(kind.as_byte(), b'L' | b'K' | b'x' | b'g') {
                 extension_bytes += size;
-                ensure!(extension_bytes <= MAX_EXTENSION, "a tar header announces {size} bytes of names or attributes");
+                ensure!(
+                    extension_bytes <= MAX_EXTENSION,
+                    "a tar header announces {size} bytes of names or attributes"
+                );
                 self.begin(size);
                 let mut text = Vec::new();
                 self.read_to_end(&mut text).context("truncated tar archive")?;
@@ -124,7 +127,9 @@ impl<R: Read> Tarball<R> {
             self.ended = true;
             return Ok(None);
         }
-        ensure!(read == BLOCK, "truncated tar archive");
+        if read < BLOCK {
+            bail!(if self.offset < BLOCK as u64 { "not a tar archive" } else { "truncated tar archive" });
+        }
         let sum: u32 = header
             .as_bytes()
             .iter()
@@ -186,7 +191,9 @@ impl Extensions {
             "uid" => self.uid = Some(number()?),
             "gid" => self.gid = Some(number()?),
             "mtime" => self.mtime = Some(pax_time(value).context("damaged tar header: mtime")?),
-            _ if key.starts_with("GNU.sparse.") => bail!("sparse tar members are not supported: pack the image again without --sparse"),
+            _ if key.starts_with("GNU.sparse.") => {
+                bail!("sparse tar members are not supported: pack the image again without --sparse")
+            }
             _ => {
                 if let Some(name) = key.strip_prefix("SCHILY.xattr.") {
                     self.xattrs.push((name.to_owned(), value.to_vec()));
@@ -207,7 +214,10 @@ impl Extensions {
         ensure!(size <= MAX_SIZE, "a tar header announces a file of {size} bytes");
         let path = self.path.unwrap_or_else(|| header.path_bytes().into_owned());
         let link = self.link.or_else(|| header.link_name_bytes().map(Into::into)).unwrap_or_default();
-        ensure!(path.len() < MAX_PATH && link.len() < MAX_PATH, "a tar member has a name of more than {MAX_PATH} bytes");
+        ensure!(
+            path.len() < MAX_PATH && link.len() < MAX_PATH,
+            "a tar member has a name of more than {MAX_PATH} bytes"
+        );
         ensure!(!path.contains(&0) && !link.contains(&0), "a tar member has a name with a zero byte");
         let old = header.as_old();
         let id = |extended: Option<u64>, field: &[u8], plain: io::Result<u64>| -> Result<u32> {
@@ -256,7 +266,11 @@ fn pax_time(value: &[u8]) -> Option<(i64, u32)> {
     let nanos: u32 = format!("{fraction:0<9}").get(..9)?.parse().ok()?;
     let seconds: i64 = seconds.parse().ok()?;
     // -1.25 is a quarter before -1.
-    if text.starts_with('-') && nanos > 0 { Some((seconds - 1, 1_000_000_000 - nanos)) } else { Some((seconds, nanos)) }
+    if text.starts_with('-') && nanos > 0 {
+        Some((seconds - 1, 1_000_000_000 - nanos))
+    } else {
+        Some((seconds, nanos))
+    }
 }
 
 /// A field that was never filled in is zero; some writers leave them so.
@@ -312,7 +326,11 @@ mod tests {
         bytes.extend(block(&header(b'5', "d", 0), b""));
         bytes.extend([0; 2 * BLOCK]);
         for seek in [false, true] {
-            let mut tarball = if seek { Tarball::seekable(io::Cursor::new(&bytes[..])) } else { Tarball::new(io::Cursor::new(&bytes[..])) };
+            let mut tarball = if seek {
+                Tarball::seekable(io::Cursor::new(&bytes[..]))
+            } else {
+                Tarball::new(io::Cursor::new(&bytes[..]))
+            };
             let member = tarball.next().unwrap().unwrap();
             assert_eq!((member.path, member.size, member.offset), (b"a".to_vec(), 3, 512));
             assert_eq!((member.uid, member.gid, member.mtime), (1, 2, (77, 0)));
@@ -345,7 +363,10 @@ mod tests {
         bytes.extend(block(&header(b'2', "short", 0), b""));
         let mut tarball = Tarball::new(&bytes[..]);
         let member = tarball.next().unwrap().unwrap();
-        assert_eq!((member.path.as_slice(), member.uid, member.mtime), (&b"longname"[..], 4321, (1_000_000_000, 250_000_000)));
+        assert_eq!(
+            (member.path.as_slice(), member.uid, member.mtime),
+            (&b"longname"[..], 4321, (1_000_000_000, 250_000_000))
+        );
         assert_eq!(member.xattrs, [("user.k".to_owned(), b"v\0".to_vec())]);
         let member = tarball.next().unwrap().unwrap();
         assert_eq!((member.path.as_slice(), member.uid), (&b"gnu"[..], 1));
@@ -361,7 +382,8 @@ mod tests {
         let bytes = block(&header(b'0', "x", u64::from(u32::MAX) << 12), b"");
         assert!(Tarball::new(&bytes[..]).next().is_err());
         // Many small ones before one member are refused too.
-        let bytes: Vec<u8> = std::iter::repeat_n(block(&header(b'g', "x", 1 << 18), &vec![0; 1 << 18]), 5).flatten().collect();
+        let bytes: Vec<u8> =
+            std::iter::repeat_n(block(&header(b'g', "x", 1 << 18), &vec![0; 1 << 18]), 5).flatten().collect();
         assert!(Tarball::new(&bytes[..]).next().is_err());
     }
 

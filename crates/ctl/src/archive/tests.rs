@@ -55,16 +55,25 @@ fn blob(members: &mut Members, bytes: &[u8], media_type: &str) -> serde_json::Va
     json!({"mediaType": media_type, "digest": digest.to_string(), "size": bytes.len()})
 }
 
-fn oci_manifest(members: &mut Members, plain: &[Vec<u8>], stored: &[Vec<u8>], architecture: &str) -> serde_json::Value {
+fn oci_manifest(
+    members: &mut Members,
+    plain: &[Vec<u8>],
+    stored: &[Vec<u8>],
+    architecture: &str,
+) -> serde_json::Value {
     let config = blob(members, &config_of(plain, architecture), "application/vnd.oci.image.config.v1+json");
-    let layers: Vec<_> = stored.iter().map(|layer| blob(members, layer, "application/vnd.oci.image.layer.v1.tar")).collect();
+    let layers: Vec<_> =
+        stored.iter().map(|layer| blob(members, layer, "application/vnd.oci.image.layer.v1.tar")).collect();
     let manifest = json!({"schemaVersion": 2, "config": config, "layers": layers}).to_string();
     blob(members, manifest.as_bytes(), "application/vnd.oci.image.manifest.v1+json")
 }
 
 fn with_index(mut members: Members, manifests: Vec<serde_json::Value>) -> Members {
     members.push(("oci-layout".into(), br#"{"imageLayoutVersion":"1.0.0"}"#.to_vec()));
-    members.push(("index.json".into(), json!({"schemaVersion": 2, "manifests": manifests}).to_string().into_bytes()));
+    members.push((
+        "index.json".into(),
+        json!({"schemaVersion": 2, "manifests": manifests}).to_string().into_bytes(),
+    ));
     members
 }
 
@@ -75,7 +84,7 @@ fn unpack(archive: &[u8]) -> Result<(tempfile::TempDir, Execution)> {
     std::fs::write(&path, archive).unwrap();
     let target = dir.path().join("rootfs");
     std::fs::create_dir(&target).unwrap();
-    let image = open(&path, dir.path())?;
+    let image = open(&path, dir.path(), &AtomicBool::new(false))?;
     image.unpack(&target, &AtomicBool::new(false))?;
     Ok((dir, image.execution))
 }
@@ -190,7 +199,9 @@ fn an_index_that_leads_to_itself_ends() {
 fn a_stop_ends_the_unpacking() {
     let dir = tempfile::tempdir().unwrap();
     std::fs::write(dir.path().join("i"), tar_of(&docker_archive(&[layer("x", "y")]))).unwrap();
-    let image = open(&dir.path().join("i"), dir.path()).unwrap();
+    let image = open(&dir.path().join("i"), dir.path(), &AtomicBool::new(false)).unwrap();
     std::fs::create_dir(dir.path().join("r")).unwrap();
     assert!(image.unpack(&dir.path().join("r"), &AtomicBool::new(true)).is_err());
+    std::fs::write(dir.path().join("z"), gzip(&tar_of(&docker_archive(&[layer("x", "y")])))).unwrap();
+    assert!(open(&dir.path().join("z"), dir.path(), &AtomicBool::new(true)).is_err());
 }

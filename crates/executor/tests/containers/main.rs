@@ -71,6 +71,7 @@ fn run(filter: &str, cgroups: bool) -> bool {
         }));
         println!("test {name} ... {}", if result.is_ok() { "ok" } else { "FAILED" });
         if result.is_err() {
+            support::kill_children();
             failed.push(*name);
         }
     }

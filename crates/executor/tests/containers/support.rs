@@ -19,7 +19,7 @@ use std::{
 
 use bulkhead_executor::{Config, Container, Error, Process};
 use bulkhead_protocol::oci;
-use rustix::process::{WaitOptions, waitpid};
+use rustix::process::WaitOptions;
 
 /// Debian's busybox-static, or that of the initramfs.
 const BUSYBOX: &str = "/bin/busybox";
@@ -37,7 +37,7 @@ static REAPER: Reaper = Reaper { codes: Mutex::new(BTreeMap::new()), changed: Co
 
 impl Reaper {
     fn run(&self) {
-        while let Ok(Some((pid, status))) = waitpid(None, WaitOptions::empty()) {
+        while let Ok(Some((pid, status))) = rustix::process::wait(WaitOptions::empty()) {
             let code = status.exit_status().or(status.terminating_signal().map(|signal| 128 + signal));
             self.codes.lock().unwrap().insert(pid.as_raw_pid(), code.unwrap());
             self.changed.notify_all();
@@ -70,6 +70,14 @@ fn children() -> Vec<String> {
         .filter(|stat| stat.rsplit_once(')').is_some_and(|(_, rest)| rest.split(' ').nth(2) == Some(&own)))
         .filter(|stat| !stat.contains("(busybox)"))
         .collect()
+}
+
+/// After a case that failed: the next one is not to suffer for it.
+pub(crate) fn kill_children() {
+    for child in children() {
+        let pid = child.split(' ').next().and_then(|pid| rustix::process::Pid::from_raw(pid.parse().ok()?));
+        let _ = rustix::process::kill_process(pid.unwrap(), rustix::process::Signal::KILL);
+    }
 }
 
 /// What a case must leave as it found it.

@@ -1,6 +1,8 @@
 //! `cargo xtask test`: every check there is. One that fails does not keep the others from being made; the last line is
 //! `N passed, N failed, N skipped`.
 
+mod in_vm;
+
 use std::ffi::OsString;
 use std::io::{self, BufRead, BufReader, Write};
 use std::process::{Command, Stdio};
@@ -8,7 +10,7 @@ use std::process::{Command, Stdio};
 use anyhow::{Context, Result};
 
 use crate::progress::heading;
-use crate::tally::Tally;
+use crate::tally::{Counter, Tally};
 use crate::workspace::Workspace;
 use crate::{build, setup};
 
@@ -41,7 +43,13 @@ pub(crate) fn run(workspace: &Workspace, arguments: &Arguments) -> ! {
     let filter: Vec<&str> = arguments.filter.iter().map(String::as_str).collect();
     checks.unit_tests(&filter);
     match built {
-        Ok(()) => checks.end_to_end(&filter),
+        Ok(()) => {
+            // A test program that is PID 1 has no arguments, and so no filter.
+            if filter.is_empty() {
+                checks.in_vm();
+            }
+            checks.end_to_end(&filter);
+        }
         Err(_) => {
             eprintln!("The end-to-end tests are not run: there is nothing to test, see the build's errors.")
         }
@@ -69,19 +77,36 @@ impl Checks<'_> {
     fn unit_tests(&mut self, filter: &[&str]) {
         heading("Unit tests");
         let mut cargo = self.workspace.cargo("test");
-        let share = self.workspace.prefix().join("share/bulkhead");
+        let prefix = self.workspace.prefix();
         cargo
             .args(["--workspace", "--exclude", E2E, "--no-fail-fast"])
             .args(filter)
             .args(["--", "--show-output"])
-            .env("BULKHEAD_TEST_KERNEL", share.join("vmlinuz"))
-            .env("BULKHEAD_TEST_INITRAMFS", share.join("initramfs.img"));
+            .env("BULKHEAD_PREFIX", &prefix)
+            .env("BULKHEAD_TEST_KERNEL", prefix.join("share/bulkhead/vmlinuz"))
+            .env("BULKHEAD_TEST_INITRAMFS", prefix.join("share/bulkhead/initramfs.img"))
+            .env("BULKHEAD_TEST_AGENT", prefix.join("libexec/bulkhead/bulkhead-agent"))
+            .env("BULKHEAD_TEST_BACKEND", prefix.join("libexec/bulkhead/bulkhead-backend"))
+            // What needs a machine of its own gets one, see `in_vm`.
+            .env("BULKHEAD_TEST_VM_FOLLOWS", "1");
         if let Ok(package) = bulkhead_image::kernel::Package::find(&self.workspace.kernel()) {
             cargo.env("BULKHEAD_TEST_MODULES", package.modules);
         }
         match count(&mut cargo, &mut io::stdout()) {
-            Ok((tally, ok)) => self.add("unit tests", tally.without_skipped_from_passed(), ok),
+            Ok((tally, ok)) => self.add("unit tests", tally, ok),
             Err(error) => self.note("unit tests", &error),
+        }
+    }
+
+    /// The executor's tests once more, with a kernel and cgroups of their own.
+    fn in_vm(&mut self) {
+        let name = "Container tests in a VM";
+        heading(name);
+        let result = in_vm::command(self.workspace).and_then(|mut vm| count(&mut vm, &mut io::stdout()));
+        match result {
+            // A VM's exit code says nothing about what ran in it.
+            Ok((tally, ok)) => self.add(name, tally, ok && tally.passed > 0),
+            Err(error) => self.note(name, &error),
         }
     }
 
@@ -140,15 +165,13 @@ impl Checks<'_> {
 fn count(command: &mut Command, shown: &mut impl Write) -> Result<(Tally, bool)> {
     let mut child = command.stdout(Stdio::piped()).spawn().context("cannot run cargo")?;
     let output = child.stdout.take().context("a pipe was asked for")?;
-    let mut tally = Tally::default();
+    let mut counter = Counter::default();
     for line in BufReader::new(output).split(b'\n') {
         let line = String::from_utf8_lossy(&line?).into_owned();
         writeln!(shown, "{line}")?;
-        if let Some(counts) = Tally::of_line(&line) {
-            tally += counts;
-        }
+        counter.add(&line);
     }
-    Ok((tally, child.wait()?.success()))
+    Ok((counter.tally(), child.wait()?.success()))
 }
 
 #[cfg(test)]
