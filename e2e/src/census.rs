@@ -10,6 +10,8 @@ use std::{
 
 use anyhow::bail;
 
+use crate::runner;
+
 /// A teardown that goes on in the background (a shim that exits after its last answer) has this long.
 const SETTLE: Duration = Duration::from_secs(15);
 
@@ -20,8 +22,8 @@ pub struct Census {
 }
 
 impl Census {
-    /// Counts now. `state_roots` are the folders whose entries count as state.
-    pub fn take(state_roots: &[PathBuf]) -> Census {
+    /// Counts now.
+    pub fn take() -> Census {
         let mut things = BTreeSet::new();
         things.extend(processes());
         things.extend(lines("/proc/self/mountinfo").iter().filter_map(|line| mount(line)));
@@ -32,19 +34,17 @@ impl Census {
         for hierarchy in ["/sys/fs/cgroup/memory", "/sys/fs/cgroup/devices", "/sys/fs/cgroup/unified"] {
             things.extend(tree(Path::new(hierarchy)).map(|path| format!("cgroup {}", path.display())));
         }
-        for root in state_roots {
-            things.extend(entries(root).map(|path| format!("state {}", path.display())));
+        for root in ["/run", runner::RUNS] {
+            things.extend(files(Path::new(root)).map(|path| format!("file {}", path.display())));
         }
-        things.extend(files(Path::new("/run")).map(|path| format!("file {}", path.display())));
         Census { things }
     }
 
     /// Fails when, after a bounded time to settle, there is more than before.
-    pub fn nothing_more(&self, state_roots: &[PathBuf]) -> anyhow::Result<()> {
+    pub fn nothing_more(&self) -> anyhow::Result<()> {
         let start = Instant::now();
         loop {
-            let left: Vec<String> =
-                Census::take(state_roots).things.difference(&self.things).cloned().collect();
+            let left: Vec<String> = Census::take().things.difference(&self.things).cloned().collect();
             if left.is_empty() {
                 return Ok(());
             }
@@ -108,14 +108,25 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_new_state_entry_is_seen() {
+    fn a_new_file_and_a_new_socket_are_seen() {
+        let folder = tempfile::tempdir_in("/dev/shm").unwrap();
+        let before = Census::take();
+        fs::write(folder.path().join("left"), "").unwrap();
+        let _listener = std::os::unix::net::UnixListener::bind(folder.path().join("socket")).unwrap();
+        let after = Census::take();
+        let more: Vec<_> = after.things.difference(&before.things).collect();
+        assert!(
+            more.iter().any(|thing| thing.starts_with("socket") && thing.ends_with("/socket")),
+            "{more:?}"
+        );
+    }
+
+    #[test]
+    fn folders_are_walked_and_empty_ones_passed_over() {
         let folder = tempfile::tempdir().unwrap();
-        let roots = [folder.path().to_path_buf()];
-        let before = Census::take(&roots);
-        fs::create_dir(folder.path().join("left")).unwrap();
-        let after = Census::take(&roots);
-        let more: Vec<_> =
-            after.things.difference(&before.things).filter(|thing| thing.starts_with("state")).collect();
-        assert_eq!(more.len(), 1);
+        fs::create_dir_all(folder.path().join("a/b")).unwrap();
+        assert_eq!(files(folder.path()).count(), 0);
+        fs::write(folder.path().join("a/b/left"), "").unwrap();
+        assert_eq!(files(folder.path()).count(), 1);
     }
 }

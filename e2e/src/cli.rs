@@ -3,7 +3,7 @@
 use std::{
     ffi::OsStr,
     io::Write,
-    path::{Path, PathBuf},
+    path::PathBuf,
     process::{Child, Command, Stdio},
     thread,
 };
@@ -12,7 +12,7 @@ use anyhow::{Context, ensure};
 
 use crate::Prefix;
 
-/// A `bulkhead` whose state is one case's own.
+/// The program, with an environment.
 pub struct Cli {
     program: PathBuf,
     env: Vec<(String, PathBuf)>,
@@ -55,9 +55,9 @@ impl Finished {
 }
 
 impl Cli {
-    /// The program of `prefix`, with sandboxes below `state_root`.
-    pub fn new(prefix: &Prefix, state_root: &Path) -> Cli {
-        Cli { program: prefix.bulkhead(), env: vec![("BULKHEAD_STATE".to_owned(), state_root.to_path_buf())] }
+    /// The program of `prefix`.
+    pub fn new(prefix: &Prefix) -> Cli {
+        Cli { program: prefix.bulkhead(), env: Vec::new() }
     }
 
     /// The same with a configuration file.

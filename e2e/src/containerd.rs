@@ -69,23 +69,11 @@ pub struct Containerd {
 }
 
 impl Containerd {
-    /// Starts one that finds our shim and keeps sandbox state in the case's state root, with the busybox image imported.
+    /// Starts one that finds our shim, with the busybox image imported.
     pub fn start(scratch: &Scratch, flavour: Flavour) -> anyhow::Result<Containerd> {
         let dir = tempfile::Builder::new().prefix("bh-e2e-ctd-").tempdir()?;
-        let config = dir.path().join("config.toml");
-        fs::write(&config, configuration(dir.path()))?;
-        let log = fs::File::create(dir.path().join("log"))?;
-        let path = format!("{}:{}", scratch.prefix().bin().display(), env::var("PATH").unwrap_or_default());
-        let child = Command::new(flavour.bin.join("containerd"))
-            .arg("--config")
-            .arg(&config)
-            .env("PATH", path)
-            .env("BULKHEAD_STATE", scratch.state_root())
-            .stdin(Stdio::null())
-            .stdout(log.try_clone()?)
-            .stderr(log)
-            .spawn()
-            .context("starting containerd")?;
+        fs::write(dir.path().join("config.toml"), configuration(dir.path()))?;
+        let child = daemon(scratch, &flavour, dir.path())?;
         let containerd = Containerd { child, dir, flavour };
         containerd.wait_until_ready()?;
         containerd.import_image(scratch)?;
@@ -129,17 +117,7 @@ impl Containerd {
     pub fn restart(&mut self, scratch: &Scratch) -> anyhow::Result<()> {
         self.child.kill()?;
         self.child.wait()?;
-        let path = format!("{}:{}", scratch.prefix().bin().display(), env::var("PATH").unwrap_or_default());
-        let log = fs::File::options().append(true).open(self.dir.path().join("log"))?;
-        self.child = Command::new(self.flavour.bin.join("containerd"))
-            .arg("--config")
-            .arg(self.dir.path().join("config.toml"))
-            .env("PATH", path)
-            .env("BULKHEAD_STATE", scratch.state_root())
-            .stdin(Stdio::null())
-            .stdout(log.try_clone()?)
-            .stderr(log)
-            .spawn()?;
+        self.child = daemon(scratch, &self.flavour, self.dir.path())?;
         self.wait_until_ready()
     }
 
@@ -182,6 +160,21 @@ impl Drop for Containerd {
     }
 }
 
+/// Starts the daemon, with our shim on its `PATH`; what it logs is added to the log.
+fn daemon(scratch: &Scratch, flavour: &Flavour, dir: &Path) -> anyhow::Result<Child> {
+    let path = format!("{}:{}", scratch.prefix().bin().display(), env::var("PATH").unwrap_or_default());
+    let log = fs::File::options().create(true).append(true).open(dir.join("log"))?;
+    Command::new(flavour.bin.join("containerd"))
+        .arg("--config")
+        .arg(dir.join("config.toml"))
+        .env("PATH", path)
+        .stdin(Stdio::null())
+        .stdout(log.try_clone()?)
+        .stderr(log)
+        .spawn()
+        .context("starting containerd")
+}
+
 fn configuration(dir: &Path) -> String {
     let dir = dir.display();
     format!(
@@ -192,6 +185,8 @@ state = "{dir}/state"
   address = "{dir}/containerd.sock"
 [debug]
   level = "debug"
+[plugins."io.containerd.nri.v1.nri"]
+  disable = true
 [plugins."io.containerd.grpc.v1.cri"]
   sandbox_image = "{IMAGE}"
   restrict_oom_score_adj = true

@@ -22,6 +22,8 @@ use crate::{Census, Scratch};
 
 const REAP: &str = "--reap";
 const CASE: &str = "--case";
+/// Where the command line unpacks images.
+pub(crate) const RUNS: &str = "/var/cache/bulkhead/runs";
 const PASSED: u8 = 0;
 const FAILED: u8 = 1;
 const SKIPPED: u8 = 77;
@@ -110,7 +112,8 @@ fn in_a_world(name: &str) -> anyhow::Result<u8> {
 
 /// The first process of a world: furnishes it, starts the case, and reaps whatever is orphaned until the case ends.
 fn reap(name: &str) -> anyhow::Result<u8> {
-    for folder in ["/run", "/dev/shm"] {
+    std::fs::create_dir_all(RUNS)?;
+    for folder in ["/run", "/dev/shm", RUNS] {
         tool("mount", &["-t", "tmpfs", "-o", "mode=755", "e2e", folder])?;
     }
     tool("ip", &["link", "set", "lo", "up"])?;
@@ -148,11 +151,10 @@ fn alone(case: Case) -> u8 {
 
 fn counted(case: Case) -> anyhow::Result<()> {
     let scratch = Scratch::new()?;
-    let roots = [scratch.state_root()];
-    let before = Census::take(&roots);
+    let before = Census::take();
     let result = catch_unwind(AssertUnwindSafe(|| (case.run)(&scratch)));
     let result = result.unwrap_or_else(|_| bail!("the case panicked; see above"));
-    let left = before.nothing_more(&roots);
+    let left = before.nothing_more();
     match (result, left) {
         (Err(error), Err(left)) => Err(error.context(left)),
         (result, left) => result.and(left),

@@ -9,7 +9,7 @@ use anyhow::Context;
 
 use crate::{Cli, Prefix, busybox_rootfs};
 
-/// What a case works in: its own folder, state root and configuration file. Removed when the case ends.
+/// What a case works in: its own folder and configuration file. Removed when the case ends.
 pub struct Scratch {
     dir: tempfile::TempDir,
     prefix: Prefix,
@@ -20,7 +20,6 @@ impl Scratch {
     pub fn new() -> anyhow::Result<Scratch> {
         let prefix = Prefix::from_env()?;
         let dir = tempfile::Builder::new().prefix("bh-e2e-").tempdir().context("a temporary folder")?;
-        fs::create_dir(dir.path().join("state"))?;
         Ok(Scratch { dir, prefix })
     }
 
@@ -34,14 +33,14 @@ impl Scratch {
         &self.prefix
     }
 
-    /// Where sandboxes of this case keep their state.
+    /// Where sandboxes keep their state: the default, since the case's `/run` is its own.
     pub fn state_root(&self) -> PathBuf {
-        self.path().join("state")
+        PathBuf::from("/run/bulkhead")
     }
 
-    /// The command line, on this case's state root and the default configuration.
+    /// The command line with the default configuration.
     pub fn cli(&self) -> Cli {
-        Cli::new(&self.prefix, &self.state_root())
+        Cli::new(&self.prefix)
     }
 
     /// A fresh busybox root file system.

@@ -2,8 +2,8 @@
 
 use std::{
     fs,
-    io::Write,
-    process::{Child, ExitCode, Stdio},
+    io::{BufRead, BufReader, Write},
+    process::{ExitCode, Stdio},
     thread,
     time::{Duration, Instant},
 };
@@ -137,33 +137,18 @@ fn exec_with_a_terminal(scratch: &Scratch) -> anyhow::Result<()> {
 
 fn signals_and_exit_codes(scratch: &Scratch) -> anyhow::Result<()> {
     let containerd = with(scratch)?;
-    let script = "trap 'exit 21' TERM; while :; do sleep 1; done";
-    let command = run_args(&containerd, &["--rm"], "box", &["/bin/sh", "-c", script]);
-    let child = spawn(&containerd, &command)?;
-    wait_running(&containerd, "box")?;
-    containerd.ctr(&["task", "kill", "-s", "SIGTERM", "box"])?.expect(0)?;
-    Finished::try_from(child)?.expect(21)?;
-    let child = spawn(&containerd, &command)?;
-    wait_running(&containerd, "box")?;
-    containerd.ctr(&["task", "kill", "-s", "SIGKILL", "box"])?.expect(0)?;
-    Finished::try_from(child)?.expect(137)?;
-    Ok(())
-}
-
-fn spawn(containerd: &Containerd, args: &[&str]) -> anyhow::Result<Child> {
-    Ok(containerd.ctr_command(args).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?)
-}
-
-fn wait_running(containerd: &Containerd, id: &str) -> anyhow::Result<()> {
-    let start = Instant::now();
-    while start.elapsed() < BOUND {
-        let listed = containerd.ctr(&["task", "ls"])?;
-        if listed.text().lines().any(|line| line.starts_with(id) && line.contains("RUNNING")) {
-            return Ok(());
-        }
-        thread::sleep(Duration::from_millis(100));
+    let script = "trap 'exit 21' TERM; echo ready; while :; do sleep 1; done";
+    for (signal, code) in [("SIGTERM", 21), ("SIGKILL", 137)] {
+        let command = run_args(&containerd, &["--rm"], "box", &["/bin/sh", "-c", script]);
+        let command = containerd.ctr_command(&command).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn();
+        let mut child = command?;
+        let mut line = String::new();
+        BufReader::new(child.stdout.as_mut().context("the output is piped")?).read_line(&mut line)?;
+        ensure!(line == "ready\n", "{line:?}: {}", containerd.log());
+        containerd.ctr(&["task", "kill", "-s", signal, "box"])?.expect(0)?;
+        Finished::try_from(child)?.expect(code)?;
     }
-    anyhow::bail!("{id} never runs: {}", containerd.log())
+    Ok(())
 }
 
 fn pause_and_resume(scratch: &Scratch) -> anyhow::Result<()> {
@@ -263,6 +248,7 @@ fn events_are_complete_and_in_order(scratch: &Scratch) -> anyhow::Result<()> {
         "/tasks/exec-added",
         "/tasks/exec-started",
         "/tasks/exit",
+        "/tasks/delete",
         "/tasks/paused",
         "/tasks/resumed",
         "/tasks/exit",

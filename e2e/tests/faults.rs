@@ -13,6 +13,8 @@ use nix::{
     unistd::Pid,
 };
 
+const RUNTIME: &str = "io.containerd.bulkhead.v2";
+
 fn main() -> ExitCode {
     run(cases![
         a_missing_kernel_is_named,
@@ -104,26 +106,21 @@ fn sleeper(scratch: &Scratch) -> anyhow::Result<std::process::Child> {
     Ok(child)
 }
 
-/// The pids of this case's processes by name; other VMs on the machine are told apart by the state root in their command
-/// line or environment.
-fn pids(scratch: &Scratch, name: &str) -> anyhow::Result<Vec<Pid>> {
-    let marker = scratch.state_root().display().to_string();
+/// The pids of a program by the beginning of its name; a case sees no processes but its own.
+fn pids(name: &str) -> anyhow::Result<Vec<Pid>> {
     let mut found = Vec::new();
     for entry in fs::read_dir("/proc")?.flatten() {
         let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse().ok()) else { continue };
-        let read = |file: &str| fs::read(entry.path().join(file)).unwrap_or_default();
-        let comm = String::from_utf8_lossy(&read("comm")).trim_end().to_owned();
-        let belongs =
-            ["cmdline", "environ"].iter().any(|file| String::from_utf8_lossy(&read(file)).contains(&marker));
-        if comm.starts_with(name) && belongs {
+        // A process that is gone meanwhile has no name.
+        if fs::read_to_string(entry.path().join("comm")).unwrap_or_default().starts_with(name) {
             found.push(Pid::from_raw(pid));
         }
     }
     Ok(found)
 }
 
-fn kill_one(scratch: &Scratch, name: &str) -> anyhow::Result<()> {
-    let found = pids(scratch, name)?;
+fn kill_one(name: &str) -> anyhow::Result<()> {
+    let found = pids(name)?;
     ensure!(found.len() == 1, "{name}: {found:?}");
     kill(found[0], Signal::SIGKILL)?;
     Ok(())
@@ -131,7 +128,7 @@ fn kill_one(scratch: &Scratch, name: &str) -> anyhow::Result<()> {
 
 fn a_killed_vm_ends_the_run(scratch: &Scratch) -> anyhow::Result<()> {
     let child = sleeper(scratch)?;
-    kill_one(scratch, "qemu-system")?;
+    kill_one("qemu-system")?;
     let done = Finished::try_from(child)?;
     ensure!(done.code == 137 || done.code == 255, "{done:?}");
     Ok(())
@@ -141,7 +138,7 @@ fn a_killed_agent_ends_the_run(scratch: &Scratch) -> anyhow::Result<()> {
     let child = sleeper(scratch)?;
     // A container with every right on the guest's kernel could do this; from the host it is the monitor of the agent's
     // connection that is cut.
-    let found = pids(scratch, "bulkhead-backen")?;
+    let found = pids("bulkhead-backen")?;
     ensure!(!found.is_empty(), "no backend process");
     for pid in found {
         kill(pid, Signal::SIGKILL).ok();
@@ -156,7 +153,7 @@ fn a_killed_owner_leaves_nothing_running(scratch: &Scratch) -> anyhow::Result<()
     child.kill()?;
     child.wait()?;
     let start = Instant::now();
-    while !pids(scratch, "qemu-system")?.is_empty() || !pids(scratch, "bulkhead-backen")?.is_empty() {
+    while !pids("qemu-system")?.is_empty() || !pids("bulkhead-backen")?.is_empty() {
         ensure!(start.elapsed() < Duration::from_secs(20), "the VM outlives its owner");
         std::thread::sleep(Duration::from_millis(50));
     }
@@ -167,8 +164,6 @@ fn a_killed_owner_leaves_nothing_running(scratch: &Scratch) -> anyhow::Result<()
     Ok(())
 }
 
-const RUNTIME: &str = "io.containerd.bulkhead.v2";
-
 fn detached(containerd: &Containerd, id: &str) -> anyhow::Result<()> {
     let run = ["run", "-d", "--null-io", "--runtime", RUNTIME, containerd.image(), id, "sleep", "1000"];
     containerd.ctr(&run)?.expect(0).with_context(|| containerd.log()).map(drop)
@@ -177,7 +172,7 @@ fn detached(containerd: &Containerd, id: &str) -> anyhow::Result<()> {
 fn a_killed_vm_ends_the_task(scratch: &Scratch) -> anyhow::Result<()> {
     let containerd = Containerd::start(scratch, Flavour::installed()?)?;
     detached(&containerd, "box")?;
-    kill_one(scratch, "qemu-system")?;
+    kill_one("qemu-system")?;
     until_stopped(&containerd, "box")?;
     let done = containerd.ctr(&["task", "rm", "box"])?;
     ensure!(done.code == 137 || done.code == 255 || done.code == 0, "{done:?}");
@@ -206,7 +201,7 @@ fn until_stopped(containerd: &Containerd, id: &str) -> anyhow::Result<()> {
 fn a_killed_shim_is_cleaned_up(scratch: &Scratch) -> anyhow::Result<()> {
     let containerd = Containerd::start(scratch, Flavour::installed()?)?;
     detached(&containerd, "box")?;
-    kill_one(scratch, "containerd-shim")?;
+    kill_one("containerd-shim")?;
     until_stopped(&containerd, "box")?;
     containerd.ctr(&["task", "rm", "--force", "box"])?;
     containerd.ctr(&["container", "rm", "box"])?.expect(0)?;
@@ -237,7 +232,6 @@ fn a_bundle_without_a_spec_is_refused(scratch: &Scratch) -> anyhow::Result<()> {
     let output = std::process::Command::new(shim)
         .args(["-namespace", "test", "-address", "/no/such.sock", "-id", "box", "start"])
         .current_dir(&bundle)
-        .env("BULKHEAD_STATE", scratch.state_root())
         .stdin(Stdio::null())
         .output()?;
     let text =

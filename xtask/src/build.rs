@@ -21,7 +21,7 @@ use crate::workspace::Workspace;
 use crate::{process, setup};
 
 /// The target is named so that what is only meant for the guest's programs does not apply to build scripts too.
-pub(crate) const GUEST_TARGET: &str = "x86_64-unknown-linux-gnu";
+const GUEST_TARGET: &str = "x86_64-unknown-linux-gnu";
 
 /// Package (and program) and the directory it is installed in.
 const HOST_PROGRAMS: &[(&str, &str)] =
@@ -91,7 +91,7 @@ fn host_programs(workspace: &Workspace, arguments: &Arguments) -> Result<Vec<Pat
 }
 
 /// Makes cargo link statically what it builds for [`GUEST_TARGET`]: there are no libraries in the guest.
-pub(crate) fn statically(cargo: &mut Command) -> &mut Command {
+fn statically(cargo: &mut Command) -> &mut Command {
     cargo
         .env("CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUSTFLAGS", "-C target-feature=+crt-static")
         .env_remove("RUSTFLAGS")

@@ -140,11 +140,13 @@ impl Container {
     /// Everything in [`Error`]; nothing is left behind then (the child is killed; the caller's reaper collects it).
     pub fn create(config: Config) -> Result<(Container, Process), Error> {
         let Config { id, spec, cgroup_mount } = config;
-        let plan = plan::create(&spec, host::facts()?, cgroup_mount.is_some())?;
+        let place = cgroup_mount.map(|mount| CgroupPlace::new(mount, &id, &spec)).transpose()?;
+        let dir = place.as_ref().map(CgroupPlace::dir).transpose()?;
+        let plan = plan::create(&spec, host::facts()?, dir.as_deref())?;
         let kinds: Vec<NamespaceKind> = plan.namespaces.listed().collect();
         let join = namespace_files::open(&plan.namespaces, NamespacePlan::paths(&spec.Linux.Namespaces))?;
         let (theirs, streams) = streams::make(plan.process.terminal)?;
-        let cgroup = make_cgroup(&id, &spec, cgroup_mount)?;
+        let cgroup = make_cgroup(&spec, place)?;
         let made = cgroup
             .as_ref()
             .map(|cgroup| cgroup.open(None))
@@ -160,12 +162,18 @@ impl Container {
                 return Err(error);
             }
         };
-        let terminal = child.take_terminal();
-        let (pid, pidfd, channel) = child.into_parts();
-        let init = pidfd.try_clone().map_err(Error::io("duplicating a pidfd"))?;
+        let streams = streams.with_terminal(child.take_terminal());
+        let (pid, init, channel) = child.into_parts();
         let state = State { phase: Phase::Created(channel), paused: false, namespaces };
         let container = Container { id, spec, init_pid: pid, init, kinds, cgroup, state: Mutex::new(state) };
-        Ok((container, Process { pid, pidfd, streams: streams.with_terminal(terminal)? }))
+        let pidfd = container.init.try_clone().map_err(Error::io("duplicating a pidfd"));
+        match (streams, pidfd) {
+            (Ok(streams), Ok(pidfd)) => Ok((container, Process { pid, pidfd, streams })),
+            (Err(error), _) | (_, Err(error)) => {
+                container.delete()?;
+                Err(error)
+            }
+        }
     }
 
     /// Releases init; returns when its command is being executed, or with why it could not be.
@@ -381,15 +389,33 @@ impl State {
     }
 }
 
-fn make_cgroup(id: &str, spec: &oci::Spec, mount: Option<PathBuf>) -> Result<Option<Cgroup>, Error> {
+/// Where a container's cgroup will be.
+struct CgroupPlace {
+    mount: PathBuf,
+    relative: PathBuf,
+}
+
+impl CgroupPlace {
+    fn new(mount: PathBuf, id: &str, spec: &oci::Spec) -> Result<CgroupPlace, Error> {
+        let path = &spec.Linux.get_or_default().CgroupsPath;
+        let relative = cgroup::relative_path(if path.is_empty() { id } else { path })?;
+        Ok(CgroupPlace { mount, relative })
+    }
+
+    fn dir(&self) -> Result<String, Error> {
+        let dir = self.mount.join(&self.relative).into_os_string();
+        dir.into_string().map_err(|dir| Error::Invalid(format!("cgroup path {dir:?} is not UTF-8")))
+    }
+}
+
+fn make_cgroup(spec: &oci::Spec, place: Option<CgroupPlace>) -> Result<Option<Cgroup>, Error> {
     let linux = spec.Linux.get_or_default();
     let resources = linux.Resources.get_or_default();
-    let Some(mount) = mount else {
+    let Some(CgroupPlace { mount, relative }) = place else {
         cgroup::refuse_limits(resources)?;
         return Ok(None);
     };
-    let path = if linux.CgroupsPath.is_empty() { id } else { &linux.CgroupsPath };
-    Cgroup::create(&mount, path, resources, &linux.Devices).map(Some)
+    Cgroup::create(&mount, &relative, resources, &linux.Devices).map(Some)
 }
 
 /// Starts a child and waits until its container is made; a child that fails at it is killed.

@@ -43,7 +43,7 @@ pub(crate) struct Descriptors {
     pub(crate) namespaces: Vec<OwnedFd>,
 }
 
-/// A child that has been started. Dropping it without [`Child::release`] having succeeded kills the process.
+/// A child that has been started. Dropping it closes the channel, which ends a parked one.
 #[derive(Debug)]
 pub(crate) struct Child {
     /// As the caller sees it.

@@ -82,7 +82,7 @@ impl Error {
             Error::Unsupported(_) => Kind::Unimplemented,
             Error::Agent { kind, .. } => *kind,
             Error::AgentSilent { .. } => Kind::DeadlineExceeded,
-            Error::Vm(_) => Kind::Unavailable,
+            Error::Vm(error) => vm_kind(error),
             Error::Io { .. } => Kind::Internal,
         }
     }
@@ -98,4 +98,15 @@ impl From<Unrepresentable> for Error {
 pub(crate) fn os<E: Into<io::Error>>(what: impl Into<String>) -> impl FnOnce(E) -> Error {
     let what = what.into();
     move |source| Error::Io { what, source: source.into() }
+}
+
+fn vm_kind(error: &bulkhead_hypervisor::Error) -> Kind {
+    use bulkhead_hypervisor::Error;
+    match error {
+        Error::Invalid(_) => Kind::InvalidArgument,
+        Error::Missing { .. } => Kind::FailedPrecondition,
+        Error::Unsupported { .. } => Kind::Unimplemented,
+        Error::Timeout { .. } => Kind::DeadlineExceeded,
+        _ => Kind::Unavailable,
+    }
 }

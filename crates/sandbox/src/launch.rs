@@ -25,6 +25,8 @@ use crate::{
 
 /// From the VMM's start to the agent's first answer, on hardware virtualization.
 const BOOT_BOUND: Duration = Duration::from_secs(15);
+/// How long the end of a VM may take to be seen after its sockets have closed.
+const DYING_BOUND: Duration = Duration::from_secs(2);
 /// The hypervisor's limit on the VM's directory.
 const VM_PATH_MAX: usize = 80;
 /// A host name's limit, without its terminating NUL.
@@ -116,10 +118,10 @@ async fn greet(vm: &Arc<dyn Vm>, spec: &SandboxSpec) -> Result<(Agent, Duration,
     let greeting = async {
         let agent = match Agent::connect(vm.endpoint(), vm.accel(), bound).await {
             Ok(agent) => agent,
-            Err(VmError::NotListening { .. } | VmError::Timeout { .. }) => {
+            Err(VmError::Timeout { .. }) => {
                 return Err(Error::AgentSilent { bound, last_words: vm.last_words() });
             }
-            Err(error) => return Err(error.into()),
+            Err(error) => return Err(better_explanation(vm.as_ref(), error).await),
         };
         let ready = begun.elapsed();
         create_sandbox(&agent, spec).await.map_err(|error| with_last_words(error, vm.as_ref()))?;
@@ -129,6 +131,14 @@ async fn greet(vm: &Arc<dyn Vm>, spec: &SandboxSpec) -> Result<(Agent, Duration,
         biased;
         exit = vm.wait() => Err(crate::guest::vm_gone(exit)),
         result = greeting => result,
+    }
+}
+
+/// A guest that hangs up is mostly one whose VM is dying, and the VM's end, a moment later, says why.
+async fn better_explanation(vm: &dyn Vm, error: VmError) -> Error {
+    match tokio::time::timeout(DYING_BOUND, vm.wait()).await {
+        Ok(exit) => crate::guest::vm_gone(exit),
+        Err(_) => error.with_last_words(|| vm.last_words()).into(),
     }
 }
 

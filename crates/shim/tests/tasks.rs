@@ -1,5 +1,7 @@
 //! Whole lives of containers and pods, through the real server, with the agent as a plain process instead of a VM.
 
+#![allow(clippy::unwrap_used, reason = "a test fails by it")]
+
 mod support;
 
 use std::{fs::File, io::Read, time::Duration};
@@ -322,20 +324,18 @@ async fn a_pod_lives_and_dies_with_its_sandbox() {
 
     pod.kill(Signal::KILL).await.unwrap();
     assert_eq!(pod.wait("").await, 137);
-    assert_eq!(two.wait("").await, 137, "and this one is");
+    // Killed by the guest's agent on its way down, or gone with it: the guest's last word may not have arrived.
+    let code = two.wait("").await;
+    assert!([137, 255].contains(&code), "and this one is: {code}");
     two.delete("").await.unwrap();
     pod.delete("").await.unwrap();
     pod.shutdown().await;
     let seen = containerd.events();
-    for id in ["pod", "one", "two"] {
-        let lives: Vec<_> = seen.iter().filter(|line| line.split(' ').nth(1) == Some(id)).collect();
-        let want = [
-            format!("create {id}"),
-            format!("start {id}"),
-            format!("exit {id} {id} 137"),
-            format!("delete {id}  137"),
-        ];
-        assert_eq!(lives, want.iter().collect::<Vec<_>>());
+    for (id, code) in [("pod", 137), ("one", 137), ("two", code)] {
+        let lives: Vec<_> = seen.iter().filter(|line| line.split(' ').nth(1) == Some(id)).cloned().collect();
+        let want = ["create", "start"].map(|event| format!("{event} {id}")).into_iter();
+        let end = [format!("exit {id} {id} {code}"), format!("delete {id}  {code}")];
+        assert_eq!(lives, want.chain(end).collect::<Vec<_>>());
     }
     pod.gone().await;
 }

@@ -39,17 +39,17 @@ pub(crate) fn refuse_limits(resources: &LinuxResources) -> Result<(), Error> {
 }
 
 impl Cgroup {
-    /// Makes the cgroup and sets its limits and its device filter; nothing is left behind when that fails.
+    /// Makes the cgroup at `path` below `mount` and sets its limits and its device filter; nothing is left behind when
+    /// that fails.
     pub(crate) fn create(
         mount: &Path,
-        path: &str,
+        relative: &Path,
         resources: &LinuxResources,
         nodes: &[LinuxDevice],
     ) -> Result<Cgroup, Error> {
-        let relative = relative_path(path)?;
         let mut cgroup = Cgroup { dir: mount.to_owned(), made: Vec::new(), filter: Mutex::new(None) };
         let result = cgroup
-            .make(mount, &relative)
+            .make(mount, relative)
             .and_then(|()| cgroup.apply(resources))
             .and_then(|()| cgroup.filter_devices(resources, nodes));
         match result {
@@ -73,8 +73,11 @@ impl Cgroup {
                 Ok(()) if i + 1 < parts.len() => self.made.push(dir.clone()),
                 Ok(()) => {}
                 Err(e) if e.kind() == io::ErrorKind::AlreadyExists && i + 1 < parts.len() => {}
-                // A leftover without processes is made anew, so that no old limit stays; rmdir refuses any other.
+                // A leftover without processes is made anew, so that no old limit stays.
                 Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {
+                    if stats::is_populated(&dir)? {
+                        return Err(Error::Invalid(format!("cgroup {} is in use", dir.display())));
+                    }
                     remove_tree(&dir)?;
                     fs::create_dir(&dir).map_err(|source| Error::Cgroup { path: dir.clone(), source })?;
                 }
@@ -289,7 +292,7 @@ impl Cgroup {
 }
 
 /// Where below the mount: systemd's `slice:prefix:name` is read as a path.
-fn relative_path(path: &str) -> Result<PathBuf, Error> {
+pub(crate) fn relative_path(path: &str) -> Result<PathBuf, Error> {
     let path = path.replace(':', "/");
     let mut relative = PathBuf::new();
     for part in Path::new(&path).components() {

@@ -203,6 +203,12 @@ fn limit(text: Option<&str>) -> Option<u64> {
     text?.trim().parse().ok()
 }
 
+/// Whether there are processes in a cgroup or below.
+pub(super) fn is_populated(dir: &Path) -> Result<bool, Error> {
+    let events = optional(&dir.join("cgroup.events"))?.unwrap_or_default();
+    Ok(keyed(&events).get("populated") == Some(&1))
+}
+
 /// A file whose controller may not be enabled.
 pub(super) fn optional(path: &Path) -> Result<Option<String>, Error> {
     match fs::read_to_string(path) {

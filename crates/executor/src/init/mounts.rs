@@ -27,7 +27,7 @@ use crate::{
 /// Makes all mounts.
 pub(super) fn make(child: &mut Child) -> Outcome {
     for mount in &child.plan.setup.rootfs.mounts {
-        one(&child.root, mount, child.cgroup.as_ref().map(AsFd::as_fd)).on(|| describe(mount))?;
+        one(&child.root, mount).on(|| describe(mount))?;
     }
     Ok(())
 }
@@ -36,11 +36,10 @@ fn describe(mount: &MountPlan) -> String {
     match &mount.kind {
         MountKind::Bind { source, .. } => format!("{source} at {}", mount.target),
         MountKind::Filesystem { fstype, .. } => format!("{fstype} at {}", mount.target),
-        MountKind::OwnCgroup => format!("cgroup at {}", mount.target),
     }
 }
 
-fn one(root: &Root, mount: &MountPlan, cgroup: Option<BorrowedFd<'_>>) -> Outcome {
+fn one(root: &Root, mount: &MountPlan) -> Outcome {
     let mounted = match &mount.kind {
         MountKind::Bind { source, recursive } => {
             let flags = OpenTreeFlags::OPEN_TREE_CLOEXEC;
@@ -50,12 +49,6 @@ fn one(root: &Root, mount: &MountPlan, cgroup: Option<BorrowedFd<'_>>) -> Outcom
             let target = root.create(&mount.target, node).on(|| "target")?;
             check_proc(root, mount, target.as_fd(), is_proc(&source)?)?;
             bind(source.as_fd(), *recursive, mount, target.as_fd())?
-        }
-        MountKind::OwnCgroup => {
-            let cgroup = cgroup.ok_or_else(|| Fault::new(libc::ENOENT, "no cgroup"))?;
-            let target = root.create(&mount.target, Node::Directory).on(|| "target")?;
-            check_proc(root, mount, target.as_fd(), false)?;
-            bind(cgroup, false, mount, target.as_fd())?
         }
         MountKind::Filesystem { fstype, source, flags, data } => {
             let target = root.create(&mount.target, Node::Directory).on(|| "target")?;

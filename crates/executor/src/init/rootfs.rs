@@ -97,7 +97,7 @@ fn mask(child: &Child, path: &str) -> Outcome {
         let covered = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&target));
         let covered = std::ffi::CString::new(covered).map_err(io::Error::from)?;
         let flags = libc::MS_RDONLY | libc::MS_NOSUID | libc::MS_NODEV | libc::MS_NOEXEC;
-        sys::mount(c"tmpfs", &covered, c"tmpfs", flags, Some(c"size=0,nr_inodes=1,mode=755"))?;
+        sys::mount(c"tmpfs", &covered, c"tmpfs", flags, Some(c"size=4k,nr_inodes=1,mode=755"))?;
         return Ok(());
     }
     let null = child.null.as_ref().ok_or_else(|| Fault::new(libc::ENOENT, "no /dev/null to mask with"))?;

@@ -70,8 +70,8 @@ pub(crate) struct Setup {
     pub(crate) rootfs: RootfsPlan,
 }
 
-/// The plan for a new container.
-pub(crate) fn create(spec: &oci::Spec, host: Host, cgroup: bool) -> Result<Plan, Error> {
+/// The plan for a new container, whose cgroup will be at `cgroup`.
+pub(crate) fn create(spec: &oci::Spec, host: Host, cgroup: Option<&str>) -> Result<Plan, Error> {
     let process =
         spec.Process.as_ref().ok_or_else(|| Error::Invalid("the spec has no process".to_owned()))?;
     let linux =
@@ -84,7 +84,7 @@ pub(crate) fn create(spec: &oci::Spec, host: Host, cgroup: bool) -> Result<Plan,
         rootfs: RootfsPlan::new(spec, linux, host, cgroup)?,
     };
     let process = ProcessPlan::new(process, spec, host)?;
-    Ok(Plan { kind: Kind::Create, cgroup, namespaces, setup, process })
+    Ok(Plan { kind: Kind::Create, cgroup: cgroup.is_some(), namespaces, setup, process })
 }
 
 /// The plan for a further process in the container made from `spec`, whose `namespaces` are joined.
@@ -202,12 +202,12 @@ mod tests {
     fn refused(change: impl FnOnce(&mut oci::Spec)) -> String {
         let mut spec = minimal();
         change(&mut spec);
-        create(&spec, HOST, true).unwrap_err().to_string()
+        create(&spec, HOST, None).unwrap_err().to_string()
     }
 
     #[test]
     fn a_minimal_spec_is_planned() {
-        let plan = create(&minimal(), HOST, true).unwrap();
+        let plan = create(&minimal(), HOST, None).unwrap();
         assert_eq!(plan.namespaces.new.len(), 4);
         assert_eq!(plan.setup.hostname, None);
         assert_eq!(plan.setup.rootfs.path, "/rootfs");
@@ -235,14 +235,14 @@ mod tests {
     fn a_hostname_needs_a_uts_namespace_and_is_set_in_a_new_one_only() {
         let mut spec = minimal();
         spec.Hostname = "box".into();
-        assert_eq!(create(&spec, HOST, true).unwrap().setup.hostname.as_deref(), Some("box"));
+        assert_eq!(create(&spec, HOST, None).unwrap().setup.hostname.as_deref(), Some("box"));
 
         let linux = spec.Linux.as_mut().unwrap();
         linux.Namespaces[2].Path = "/run/ns/uts".into();
-        assert_eq!(create(&spec, HOST, true).unwrap().setup.hostname, None);
+        assert_eq!(create(&spec, HOST, None).unwrap().setup.hostname, None);
 
         spec.Linux.as_mut().unwrap().Namespaces.remove(2);
-        assert!(create(&spec, HOST, true).unwrap_err().to_string().contains("uts namespace"));
+        assert!(create(&spec, HOST, None).unwrap_err().to_string().contains("uts namespace"));
         assert!(refused(|s| s.Hostname = "x".repeat(65)).contains("64 bytes"));
     }
 

@@ -42,8 +42,6 @@ pub(crate) enum MountKind {
         /// Its own options.
         data: String,
     },
-    /// The directory of the container's own cgroup: it has no cgroup namespace that would hide the others.
-    OwnCgroup,
 }
 
 /// `MOUNT_ATTR_*` to set and to clear.
@@ -70,11 +68,11 @@ impl Attributes {
 
 /// How the container sees cgroups.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum CgroupView {
+pub(super) enum CgroupView<'p> {
     /// Through a namespace of its own.
     Namespace,
-    /// Through the caller's namespace.
-    Shared,
+    /// Through the caller's namespace: its own directory is bound, which shows none of the others.
+    Shared(&'p str),
     /// There are none.
     Absent,
 }
@@ -203,7 +201,7 @@ fn propagation(option: &str) -> Option<(u64, bool)> {
 
 impl MountPlan {
     /// What a mount of the spec asks for. `label` is the SELinux label for file systems, if any.
-    pub(super) fn new(mount: &oci::Mount, view: CgroupView, label: &str) -> Result<MountPlan, Error> {
+    pub(super) fn new(mount: &oci::Mount, view: CgroupView<'_>, label: &str) -> Result<MountPlan, Error> {
         let target = absolute("mount destination", &mount.destination)?;
         no_nul("mount source", &mount.source)?;
         no_nul("mount type", &mount.type_)?;
@@ -236,7 +234,7 @@ impl MountPlan {
 }
 
 /// Version 1's type names all of them; there is only version 2 here.
-fn cgroup(view: CgroupView, flags: u64) -> MountKind {
+fn cgroup(view: CgroupView<'_>, flags: u64) -> MountKind {
     let filesystem = |fstype: &str, flags, data: &str| MountKind::Filesystem {
         fstype: fstype.to_owned(),
         source: "cgroup".to_owned(),
@@ -245,9 +243,9 @@ fn cgroup(view: CgroupView, flags: u64) -> MountKind {
     };
     match view {
         CgroupView::Namespace => filesystem("cgroup2", flags, ""),
-        CgroupView::Shared => MountKind::OwnCgroup,
+        CgroupView::Shared(dir) => MountKind::Bind { source: dir.to_owned(), recursive: false },
         // An empty directory says that there are none, without showing the caller's.
-        CgroupView::Absent => filesystem("tmpfs", flags | libc::MS_RDONLY, "size=0,mode=755"),
+        CgroupView::Absent => filesystem("tmpfs", flags | libc::MS_RDONLY, "size=4k,nr_inodes=1,mode=755"),
     }
 }
 
@@ -347,8 +345,8 @@ mod tests {
             let MountKind::Filesystem { fstype, flags, .. } = mount(view).kind else { panic!() };
             assert_eq!((fstype.as_str(), flags), (wanted, ro));
         }
-        let own = mount(CgroupView::Shared);
-        assert_eq!(own.kind, MountKind::OwnCgroup);
+        let own = mount(CgroupView::Shared("/sys/fs/cgroup/c1"));
+        assert_eq!(own.kind, MountKind::Bind { source: "/sys/fs/cgroup/c1".into(), recursive: false });
         assert_eq!(own.attributes.set, ATTR_RDONLY | ATTR_NOSUID);
     }
 

@@ -92,7 +92,7 @@ impl RootfsPlan {
         spec: &oci::Spec,
         linux: &oci::Linux,
         host: Host,
-        cgroup: bool,
+        cgroup: Option<&str>,
     ) -> Result<RootfsPlan, Error> {
         let root = spec.Root.as_ref().ok_or_else(|| Error::Invalid("the spec has no root".to_owned()))?;
         let path = absolute("root path", &root.Path)?;
@@ -103,9 +103,9 @@ impl RootfsPlan {
             )));
         }
         let view = match (cgroup, NamespacePlan::new(&linux.Namespaces)?.has(NamespaceKind::Cgroup)) {
-            (false, _) => CgroupView::Absent,
-            (true, true) => CgroupView::Namespace,
-            (true, false) => CgroupView::Shared,
+            (None, _) => CgroupView::Absent,
+            (Some(_), true) => CgroupView::Namespace,
+            (Some(dir), false) => CgroupView::Shared(dir),
         };
         let mut mounts = spec
             .Mounts
@@ -197,7 +197,7 @@ mod tests {
     fn rootfs(change: impl FnOnce(&mut oci::Spec)) -> Result<RootfsPlan, Error> {
         let mut spec = minimal();
         change(&mut spec);
-        RootfsPlan::new(&spec, &spec.Linux, HOST, true)
+        RootfsPlan::new(&spec, &spec.Linux, HOST, Some("/cg/c1"))
     }
 
     fn mount(destination: &str, type_: &str, options: &[&str]) -> oci::Mount {
@@ -247,7 +247,7 @@ mod tests {
     fn the_view_of_cgroups_follows_the_namespaces() {
         let cgroup = || mount("/sys/fs/cgroup", "cgroup", &["ro"]);
         let plan = rootfs(|s| s.Mounts.push(cgroup())).unwrap();
-        assert_eq!(plan.mounts[0].kind, MountKind::OwnCgroup);
+        assert_eq!(plan.mounts[0].kind, MountKind::Bind { source: "/cg/c1".into(), recursive: false });
         let plan = rootfs(|s| {
             s.Mounts.push(cgroup());
             s.Linux.as_mut().unwrap().Namespaces.push(namespace("cgroup"));
@@ -271,7 +271,7 @@ mod tests {
         let mut spec = minimal();
         spec.Linux.as_mut().unwrap().MountLabel = "a:b".into();
         let host = Host { selinux: false, ..HOST };
-        let error = RootfsPlan::new(&spec, &spec.Linux, host, true).unwrap_err();
+        let error = RootfsPlan::new(&spec, &spec.Linux, host, None).unwrap_err();
         assert!(matches!(error, Error::Unsupported(_)));
     }
 }

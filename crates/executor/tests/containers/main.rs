@@ -4,6 +4,8 @@
 //! libtest would. As PID 1 (see `../in-vm.sh`) it prepares the machine, runs the cases that need cgroup v2 too, and
 //! switches the machine off.
 
+#![allow(clippy::unwrap_used, reason = "a panic is a failed test")]
+
 mod cgroups;
 mod confinement;
 mod failures;
