@@ -18,6 +18,8 @@ use crate::{Finished, Scratch, Skip, busybox_rootfs, docker_archive};
 
 /// The image every test runs: one busybox.
 const IMAGE: &str = "localhost/busybox:test";
+/// The image of a pod's sandbox: the same, and it waits.
+const PAUSE: &str = "localhost/pause:test";
 const READY_WITHIN: Duration = Duration::from_secs(60);
 
 /// Which containerd.
@@ -76,7 +78,7 @@ impl Containerd {
         let child = daemon(scratch, &flavour, dir.path())?;
         let containerd = Containerd { child, dir, flavour };
         containerd.wait_until_ready()?;
-        containerd.import_image(scratch)?;
+        containerd.import_images(scratch)?;
         Ok(containerd)
     }
 
@@ -134,15 +136,17 @@ impl Containerd {
         bail!("containerd is not ready after {READY_WITHIN:?}:\n{}", self.log())
     }
 
-    fn import_image(&self, scratch: &Scratch) -> anyhow::Result<()> {
+    fn import_images(&self, scratch: &Scratch) -> anyhow::Result<()> {
         let root = scratch.path().join("image");
         busybox_rootfs(&root)?;
-        let archive = scratch.path().join("busybox.tar");
-        let config = json!({"Cmd": ["/bin/sh"], "Env": ["PATH=/bin"], "WorkingDir": "/"});
-        docker_archive(&archive, IMAGE, &config, &[&root])?;
-        for namespace in ["default", "k8s.io"] {
-            let archive = archive.display().to_string();
-            self.ctr(&["-n", namespace, "image", "import", &archive])?.expect(0)?;
+        for (image, command) in [(IMAGE, json!(["/bin/sh"])), (PAUSE, json!(["/bin/sleep", "1000000"]))] {
+            let archive = scratch.path().join("image.tar");
+            let config = json!({"Cmd": command, "Env": ["PATH=/bin"], "WorkingDir": "/"});
+            docker_archive(&archive, image, &config, &[&root])?;
+            for namespace in ["default", "k8s.io"] {
+                let archive = archive.display().to_string();
+                self.ctr(&["-n", namespace, "image", "import", &archive])?.expect(0)?;
+            }
         }
         Ok(())
     }
@@ -188,7 +192,7 @@ state = "{dir}/state"
 [plugins."io.containerd.nri.v1.nri"]
   disable = true
 [plugins."io.containerd.grpc.v1.cri"]
-  sandbox_image = "{IMAGE}"
+  sandbox_image = "{PAUSE}"
   restrict_oom_score_adj = true
   disable_apparmor = true
   stream_server_address = "127.0.0.1"

@@ -209,6 +209,17 @@ fn task_io_goes_to_fifos(scratch: &Scratch) -> anyhow::Result<()> {
     drop(input);
     let done = Finished::try_from(child)?.expect(0)?;
     ensure!(done.text() == "got a line\n300000", "{done:?}");
+
+    // Input that is at its end before the task has started.
+    let mut child = containerd
+        .ctr_command(&run_args(&containerd, &["--rm"], "box", &["cat"]))
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()?;
+    child.stdin.take().context("standard input is piped")?.write_all(b"early")?;
+    let done = Finished::try_from(child)?.expect(0)?;
+    ensure!(done.text() == "early", "{done:?}");
     Ok(())
 }
 

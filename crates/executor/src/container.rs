@@ -16,6 +16,7 @@ use crate::{
     channel::Channel,
     host, namespace_files,
     plan::{self, NamespaceKind, NamespacePlan},
+    seccomp,
     spawn::{Child, Descriptors, release},
     streams, sys,
 };
@@ -105,6 +106,7 @@ pub struct Container {
     init_pid: i32,
     init: OwnedFd,
     kinds: Vec<NamespaceKind>,
+    seccomp: Option<seccomp::Filter>,
     cgroup: Option<Cgroup>,
     state: Mutex<State>,
 }
@@ -143,6 +145,7 @@ impl Container {
         let place = cgroup_mount.map(|mount| CgroupPlace::new(mount, &id, &spec)).transpose()?;
         let dir = place.as_ref().map(CgroupPlace::dir).transpose()?;
         let plan = plan::create(&spec, host::facts()?, dir.as_deref())?;
+        let seccomp = plan.process.seccomp.clone();
         let kinds: Vec<NamespaceKind> = plan.namespaces.listed().collect();
         let join = namespace_files::open(&plan.namespaces, NamespacePlan::paths(&spec.Linux.Namespaces))?;
         let (theirs, streams) = streams::make(plan.process.terminal)?;
@@ -165,7 +168,8 @@ impl Container {
         let streams = streams.with_terminal(child.take_terminal());
         let (pid, init, channel) = child.into_parts();
         let state = State { phase: Phase::Created(channel), paused: false, namespaces };
-        let container = Container { id, spec, init_pid: pid, init, kinds, cgroup, state: Mutex::new(state) };
+        let state = Mutex::new(state);
+        let container = Container { id, spec, init_pid: pid, init, kinds, seccomp, cgroup, state };
         let pidfd = container.init.try_clone().map_err(Error::io("duplicating a pidfd"));
         match (streams, pidfd) {
             (Ok(streams), Ok(pidfd)) => Ok((container, Process { pid, pidfd, streams })),
@@ -208,7 +212,9 @@ impl Container {
             copies.map_err(Error::io("duplicating namespaces"))?
         };
         let cgroup = self.cgroup.as_ref().map(|cgroup| cgroup.open(Some(self.init_pid))).transpose()?;
-        let plan = plan::exec(&process, &self.spec, host::facts()?, self.kinds.clone(), cgroup.is_some())?;
+        let seccomp = self.seccomp.clone();
+        let kinds = self.kinds.clone();
+        let plan = plan::exec(&process, &self.spec, seccomp, host::facts()?, kinds, cgroup.is_some())?;
         let (theirs, streams) = streams::make(plan.process.terminal)?;
         let descriptors = Descriptors { cgroup, stdio: theirs, namespaces };
         let mut child = Child::spawn(plan, &descriptors)?;

@@ -57,6 +57,11 @@ pub(crate) fn for_guest(
         }
     }
     let sandbox_pidns = linux(id, spec.Linux.mut_or_insert_default())?;
+    // The guest has the pod's host name already; without a uts namespace there is no other to be set (a pod on the host's
+    // network names its node all the same).
+    if !spec.Linux.Namespaces.iter().any(|namespace| namespace.Type == "uts") {
+        spec.Hostname.clear();
+    }
     Ok(GuestSpec { spec, sandbox_pidns })
 }
 
@@ -173,6 +178,16 @@ mod tests {
         assert_eq!((linux.MountLabel.as_str(), linux.CgroupsPath.as_str()), ("", "/c1"));
         let cpu = linux.Resources.CPU.as_ref().unwrap();
         assert_eq!((cpu.Cpus.as_str(), cpu.Mems.as_str(), cpu.Shares), ("", "", 512));
+    }
+
+    #[test]
+    fn a_hostname_goes_with_a_uts_namespace() {
+        let mut config = config();
+        config["hostname"] = json!("box");
+        config["linux"]["namespaces"] = json!([{"type": "mount"}, {"type": "uts"}]);
+        assert_eq!(edited(config.clone(), &[]).unwrap().spec.Hostname, "box");
+        config["linux"]["namespaces"] = json!([{"type": "mount"}]);
+        assert_eq!(edited(config, &[]).unwrap().spec.Hostname, "");
     }
 
     #[test]

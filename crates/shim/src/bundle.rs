@@ -2,7 +2,6 @@
 
 use std::{
     collections::HashMap,
-    io,
     path::{Path, PathBuf},
 };
 
@@ -30,15 +29,10 @@ struct Annotated {
     annotations: Option<HashMap<String, String>>,
 }
 
-/// The annotations in the bundle's configuration. Without a configuration there are none: with the Sandbox API, the bundle
-/// of a sandbox has none.
+/// The annotations in the bundle's configuration.
 pub(crate) fn annotations(bundle: &Path) -> Result<HashMap<String, String>, Error> {
     let path = bundle.join("config.json");
-    let json = match std::fs::read(&path) {
-        Ok(json) => json,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(HashMap::new()),
-        Err(source) => return Err(error::io("read", &path, source)),
-    };
+    let json = std::fs::read(&path).map_err(|source| error::io("read", &path, source))?;
     let annotated: Annotated = serde_json::from_slice(&json)
         .map_err(|source| Error::Invalid(format!("{}: {source}", path.display())))?;
     Ok(annotated.annotations.unwrap_or_default())
@@ -158,7 +152,7 @@ mod tests {
     #[test]
     fn a_bad_configuration_names_its_file() {
         let directory = tempfile::tempdir().unwrap();
-        assert!(annotations(directory.path()).unwrap().is_empty());
+        assert!(annotations(directory.path()).unwrap_err().to_string().contains("config.json"));
         assert!(spec(directory.path()).unwrap_err().to_string().contains("config.json"));
         for json in ["not json", r#"{"ociVersion":"1.0.2","linux":{"namespaces":[{"type":"wormhole"}]}}"#] {
             std::fs::write(directory.path().join("config.json"), json).unwrap();

@@ -19,7 +19,7 @@ pub(crate) use process::{ProcessPlan, rlimit_name};
 pub(crate) use rootfs::{Device, DeviceKind, Propagation, RootfsPlan};
 pub(crate) use sysctls::Sysctl;
 
-use crate::Error;
+use crate::{Error, seccomp};
 
 /// What the plan must know about where it will be carried out.
 #[derive(Clone, Copy, Debug)]
@@ -83,14 +83,17 @@ pub(crate) fn create(spec: &oci::Spec, host: Host, cgroup: Option<&str>) -> Resu
         sysctls: sysctls::plan(&linux.Sysctl, &namespaces, host.owns_machine)?,
         rootfs: RootfsPlan::new(spec, linux, host, cgroup)?,
     };
-    let process = ProcessPlan::new(process, spec, host)?;
+    let seccomp = linux.Seccomp.as_ref().map(seccomp::compile).transpose()?;
+    let process = ProcessPlan::new(process, seccomp, host)?;
     Ok(Plan { kind: Kind::Create, cgroup: cgroup.is_some(), namespaces, setup, process })
 }
 
-/// The plan for a further process in the container made from `spec`, whose `namespaces` are joined.
+/// The plan for a further process in the container made from `spec`, whose `namespaces` are joined. Its filter has been
+/// compiled already, which is most of the work.
 pub(crate) fn exec(
     process: &oci::Process,
     spec: &oci::Spec,
+    seccomp: Option<seccomp::Filter>,
     host: Host,
     namespaces: Vec<NamespaceKind>,
     cgroup: bool,
@@ -106,7 +109,7 @@ pub(crate) fn exec(
         cgroup,
         namespaces: NamespacePlan { new: Vec::new(), join: namespaces },
         setup: Setup::default(),
-        process: ProcessPlan::new(&process, spec, host)?,
+        process: ProcessPlan::new(&process, seccomp, host)?,
     })
 }
 
@@ -254,11 +257,11 @@ mod tests {
         let mut process = oci::Process::new();
         process.Args = vec!["id".into()];
         process.Cwd = "/".into();
-        let plan = exec(&process, &spec, HOST, vec![NamespaceKind::Mount], false).unwrap();
+        let plan = exec(&process, &spec, None, HOST, vec![NamespaceKind::Mount], false).unwrap();
         assert_eq!(plan.process.capabilities.bounding, 1 << 5);
 
         process.Capabilities.mut_or_insert_default();
-        let plan = exec(&process, &spec, HOST, vec![NamespaceKind::Mount], false).unwrap();
+        let plan = exec(&process, &spec, None, HOST, vec![NamespaceKind::Mount], false).unwrap();
         assert_eq!(plan.process.capabilities.bounding, 0);
     }
 }

@@ -64,14 +64,17 @@ const RLIMITS: [&str; 16] = [
 ];
 
 impl ProcessPlan {
-    /// What `process` asks for, in the container of `spec`.
-    pub(super) fn new(process: &oci::Process, spec: &oci::Spec, host: Host) -> Result<ProcessPlan, Error> {
+    /// What `process` asks for, under the container's system call filter.
+    pub(super) fn new(
+        process: &oci::Process,
+        seccomp: Option<seccomp::Filter>,
+        host: Host,
+    ) -> Result<ProcessPlan, Error> {
         if process.Args.first().is_none_or(String::is_empty) {
             return Err(Error::Invalid("the process has no command".to_owned()));
         }
         process.Args.iter().try_for_each(|arg| no_nul("argument", arg))?;
         let user = process.User.clone().unwrap_or_default();
-        let seccomp = spec.Linux.as_ref().and_then(|linux| linux.Seccomp.as_ref());
         Ok(ProcessPlan {
             args: process.Args.clone(),
             env: environment(&process.Env)?,
@@ -89,7 +92,7 @@ impl ProcessPlan {
             oom_score_adj: oom_score_adj(process.OOMScoreAdj)?,
             apparmor: label(&process.ApparmorProfile, "AppArmor profile", host.apparmor)?,
             selinux: label(&process.SelinuxLabel, "SELinux label", host.selinux)?,
-            seccomp: seccomp.map(seccomp::compile).transpose()?,
+            seccomp,
             terminal: process.Terminal,
             console_size: process.ConsoleSize.as_ref().and_then(console_size),
         })
@@ -172,7 +175,7 @@ mod tests {
         let spec = minimal();
         let mut process = spec.Process.clone().unwrap();
         change(&mut process);
-        ProcessPlan::new(&process, &spec, HOST)
+        ProcessPlan::new(&process, None, HOST)
     }
 
     #[test]
@@ -238,9 +241,9 @@ mod tests {
         let spec = minimal();
         let mut process = spec.Process.clone().unwrap();
         process.ApparmorProfile = "docker-default".into();
-        assert!(ProcessPlan::new(&process, &spec, HOST).is_ok());
+        assert!(ProcessPlan::new(&process, None, HOST).is_ok());
         let without = Host { apparmor: false, ..HOST };
-        let error = ProcessPlan::new(&process, &spec, without).unwrap_err();
+        let error = ProcessPlan::new(&process, None, without).unwrap_err();
         assert!(error.to_string().contains("AppArmor profile \"docker-default\""));
     }
 }

@@ -16,7 +16,7 @@ use bulkhead_protocol::oci::{LinuxSeccomp, LinuxSeccompArg, LinuxSyscall};
 use serde::{Deserialize, Serialize};
 
 use crate::Error;
-use syscalls::Arch;
+use syscalls::{Arch, Syscalls};
 
 /// A program for the kernel.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -82,6 +82,7 @@ const MAX_INSTRUCTIONS: usize = 4096;
 pub(crate) fn compile(profile: &LinuxSeccomp) -> Result<Filter, Error> {
     let default = action(&profile.DefaultAction, None)?;
     let rules = profile.Syscalls.iter().map(rules).collect::<Result<Vec<_>, _>>()?;
+    let syscalls = Syscalls::read();
     let mut tables: Vec<Table> = Vec::new();
     for arch in architectures(&profile.Architectures)? {
         let token = arch.token();
@@ -91,7 +92,7 @@ pub(crate) fn compile(profile: &LinuxSeccomp) -> Result<Filter, Error> {
         });
         tables[at].x32 |= arch == Arch::X32;
         for (syscall, rules) in profile.Syscalls.iter().zip(&rules) {
-            for number in syscall.Names.iter().filter_map(|name| arch.number(name)) {
+            for number in syscall.Names.iter().filter_map(|name| syscalls.number(arch, name)) {
                 tables[at].rules.entry(number).or_default().extend_from_slice(rules);
             }
         }

@@ -1,5 +1,7 @@
 //! The numbers of the system calls.
 
+use std::collections::HashMap;
+
 /// How a system call is entered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Arch {
@@ -11,8 +13,27 @@ pub(super) enum Arch {
 }
 
 /// A line a system call: its name and a column for each architecture. Text is smaller in the guest agent than a table
-/// of pointers, and reading it is a small part of compiling a profile.
+/// of pointers.
 const TABLE: &str = include_str!("syscalls.txt");
+
+/// The lines by name.
+pub(super) struct Syscalls(HashMap<&'static str, &'static str>);
+
+impl Syscalls {
+    /// Reads the table; cheap once a profile, not once a name.
+    pub(super) fn read() -> Syscalls {
+        Syscalls(lines().filter_map(|line| Some((line.split_once(' ')?.0, line))).collect())
+    }
+
+    /// The number that the kernel reports for `name` on `arch`.
+    pub(super) fn number(&self, arch: Arch, name: &str) -> Option<u32> {
+        arch.column(self.0.get(name)?)
+    }
+}
+
+fn lines() -> impl Iterator<Item = &'static str> {
+    TABLE.lines().filter(|line| !line.starts_with('#'))
+}
 
 /// Set in every number of x32.
 pub(super) const X32_BIT: u32 = 0x4000_0000;
@@ -44,14 +65,6 @@ impl Arch {
         (self == Arch::Aarch64) == (native == Arch::Aarch64)
     }
 
-    /// The number the kernel reports for `name`.
-    pub(super) fn number(self, name: &str) -> Option<u32> {
-        let line = TABLE.lines().find(|line| {
-            line.strip_prefix(name).is_some_and(|rest| rest.starts_with(' ')) && !line.starts_with('#')
-        })?;
-        self.column(line)
-    }
-
     fn column(self, line: &str) -> Option<u32> {
         let column = match self {
             Arch::X86_64 => 1,
@@ -66,10 +79,7 @@ impl Arch {
     /// Every call of this architecture.
     #[cfg(test)]
     pub(super) fn all(self) -> impl Iterator<Item = (&'static str, u32)> {
-        TABLE
-            .lines()
-            .filter(|line| !line.starts_with('#'))
-            .filter_map(move |line| Some((line.split(' ').next()?, self.column(line)?)))
+        lines().filter_map(move |line| Some((line.split(' ').next()?, self.column(line)?)))
     }
 }
 
@@ -79,6 +89,7 @@ mod tests {
 
     #[test]
     fn numbers_agree_with_libc() {
+        let table = Syscalls::read();
         for (name, number) in [
             ("read", libc::SYS_read),
             ("openat2", libc::SYS_openat2),
@@ -86,19 +97,19 @@ mod tests {
             ("mount_setattr", libc::SYS_mount_setattr),
             ("seccomp", libc::SYS_seccomp),
         ] {
-            assert_eq!(Arch::NATIVE.number(name).map(i64::from), Some(number), "{name}");
+            assert_eq!(table.number(Arch::NATIVE, name).map(i64::from), Some(number), "{name}");
         }
-        assert_eq!(Arch::X86.number("socketcall"), Some(102));
-        assert_eq!(Arch::X86_64.number("socketcall"), None);
-        assert_eq!(Arch::X32.number("execve"), Some(X32_BIT | 520));
-        assert_eq!(Arch::Aarch64.number("execve"), Some(221));
-        assert_eq!(Arch::X86_64.number("rea"), None);
-        assert_eq!(Arch::X86_64.number(""), None);
+        assert_eq!(table.number(Arch::X86, "socketcall"), Some(102));
+        assert_eq!(table.number(Arch::X86_64, "socketcall"), None);
+        assert_eq!(table.number(Arch::X32, "execve"), Some(X32_BIT | 520));
+        assert_eq!(table.number(Arch::Aarch64, "execve"), Some(221));
+        assert_eq!(table.number(Arch::X86_64, "rea"), None);
+        assert_eq!(table.number(Arch::X86_64, ""), None);
     }
 
     #[test]
     fn each_line_is_whole_and_each_number_is_unique() {
-        for line in TABLE.lines().filter(|line| !line.starts_with('#')) {
+        for line in lines() {
             assert_eq!(line.split(' ').count(), 5, "{line}");
         }
         for arch in [Arch::X86_64, Arch::X86, Arch::X32, Arch::Aarch64] {

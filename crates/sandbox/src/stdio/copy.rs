@@ -9,7 +9,7 @@ use bulkhead_protocol::{
 };
 use tokio::sync::watch;
 
-use super::host::{HostEnd, Input};
+use super::host::HostEnd;
 use crate::{Error, agent::Patience, guest::Guest};
 
 /// Output that nobody takes for this long raises the question whether its process still lives.
@@ -208,9 +208,9 @@ impl Stdin {
     }
 
     /// Copies until the input ends, is closed, or the process takes no more.
-    pub(crate) async fn feed(&self, guest: Arc<Guest>, id: StreamId, terminal: bool, input: Option<Input>) {
-        if let Some(Input { end, held }) = input
-            && let Err(error) = self.copy(&guest, &id, &end, held).await
+    pub(crate) async fn feed(&self, guest: Arc<Guest>, id: StreamId, terminal: bool, input: Option<HostEnd>) {
+        if let Some(end) = input
+            && let Err(error) = self.copy(&guest, &id, &end).await
         {
             tracing::debug!("stdin of {id:?} takes no more: {error}");
             return;
@@ -232,13 +232,7 @@ impl Stdin {
         }
     }
 
-    async fn copy(
-        &self,
-        guest: &Guest,
-        id: &StreamId,
-        end: &HostEnd,
-        held: Option<std::os::fd::OwnedFd>,
-    ) -> Result<(), Error> {
+    async fn copy(&self, guest: &Guest, id: &StreamId, end: &HostEnd) -> Result<(), Error> {
         let mut buffer = vec![0; STDIO_CHUNK];
         let mut closing = self.closing.subscribe();
         loop {
@@ -256,7 +250,6 @@ impl Stdin {
                 }
             }
         }
-        drop(held);
         while let Ok(count @ 1..) = end.try_read(&mut buffer) {
             write(guest, id, &buffer[..count]).await?;
         }

@@ -2,7 +2,7 @@
 //!
 //! - an output fifo is opened for reading too, so that what a fast process wrote stays in it until the process is deleted,
 //!   and writing is never a broken pipe;
-//! - an input fifo is opened for writing too, until `close_stdin`, so that a writer may come and go.
+//! - an input fifo is only read: it ends when its last writer has gone, and not before the first has come.
 
 use std::{
     fs,
@@ -29,18 +29,10 @@ pub(crate) enum HostEnd {
     Direct(OwnedFd),
 }
 
-/// Where a process' input comes from.
-#[derive(Debug)]
-pub(crate) struct Input {
-    pub(crate) end: HostEnd,
-    /// A fifo's write end, which keeps it from ending before `close_stdin`.
-    pub(crate) held: Option<OwnedFd>,
-}
-
 /// The host's ends of a process' streams; `None` is nowhere.
 #[derive(Debug, Default)]
 pub(crate) struct Ends {
-    pub(crate) stdin: Option<Input>,
+    pub(crate) stdin: Option<HostEnd>,
     pub(crate) stdout: Option<HostEnd>,
     pub(crate) stderr: Option<HostEnd>,
     /// Read ends of output fifos, to be kept until the process is deleted.
@@ -103,23 +95,20 @@ fn read_end(fd: &OwnedFd, buffer: &mut [u8]) -> io::Result<usize> {
     }
 }
 
-fn input(target: StdioTarget) -> Result<Option<Input>, Error> {
-    let (fd, held) = match target {
+fn input(target: StdioTarget) -> Result<Option<HostEnd>, Error> {
+    let fd = match target {
         StdioTarget::Null => return Ok(None),
-        StdioTarget::Fd(fd) => (unblocked(fd, OFlags::RDONLY)?, None),
+        StdioTarget::Fd(fd) => unblocked(fd, OFlags::RDONLY)?,
         StdioTarget::Uri(uri) => match place(&uri)? {
             None => return Ok(None),
             Some(Place::File(_)) => {
                 return Err(Error::Invalid(format!("stdin {uri}: file:// is for output; name a fifo")));
             }
-            Some(Place::Path(path)) => {
-                let fd = open_end(path, OFlags::RDONLY)?;
-                let held = if is_fifo(path)? { Some(open_end(path, OFlags::WRONLY)?) } else { None };
-                (fd, held)
-            }
+            // A fifo that no writer has opened yet is not readable, neither is it at its end.
+            Some(Place::Path(path)) => open_end(path, OFlags::RDONLY)?,
         },
     };
-    Ok(Some(Input { end: HostEnd::new(fd, Interest::READABLE)?, held }))
+    HostEnd::new(fd, Interest::READABLE).map(Some)
 }
 
 fn output(target: StdioTarget, kept: &mut Vec<OwnedFd>) -> Result<Option<HostEnd>, Error> {
@@ -209,7 +198,11 @@ fn unblocked(fd: OwnedFd, access: OFlags) -> Result<OwnedFd, Error> {
 
 #[cfg(test)]
 mod tests {
-    use std::{io::Read, os::unix::fs::PermissionsExt};
+    use std::{
+        io::{Read, Write},
+        os::unix::fs::PermissionsExt,
+        time::Duration,
+    };
 
     use super::*;
 
@@ -235,20 +228,19 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn an_input_fifo_does_not_end_while_it_is_held() {
+    async fn an_input_fifo_ends_with_its_last_writer_and_not_before_its_first() {
         let directory = tempfile::tempdir().unwrap();
         let path = fifo(directory.path(), "in");
         let ends = Ends::open(Stdio { stdin: StdioTarget::Uri(path.clone()), ..Default::default() }).unwrap();
-        let Input { end, held } = ends.stdin.unwrap();
-        fs::OpenOptions::new()
-            .write(true)
-            .open(&path)
-            .and_then(|mut w| io::Write::write_all(&mut w, b"abc"))
-            .unwrap();
+        let end = ends.stdin.unwrap();
         let mut buffer = [0; 8];
+        let early = tokio::time::timeout(Duration::from_millis(50), end.read(&mut buffer)).await;
+        assert!(early.is_err(), "no writer has come: {early:?}");
+        let mut writer = fs::OpenOptions::new().write(true).open(&path).unwrap();
+        writer.write_all(b"abc").unwrap();
         assert_eq!(end.read(&mut buffer).await.unwrap(), 3);
         assert_eq!(end.try_read(&mut buffer).unwrap_err().kind(), ErrorKind::WouldBlock);
-        drop(held);
+        drop(writer);
         assert_eq!(end.read(&mut buffer).await.unwrap(), 0);
     }
 
@@ -294,6 +286,6 @@ mod tests {
         drop((reader, writer));
         let null = OwnedFd::from(fs::File::open("/dev/null").unwrap());
         let ends = Ends::open(Stdio { stdin: StdioTarget::Fd(null), ..Default::default() }).unwrap();
-        assert_eq!(ends.stdin.unwrap().end.read(&mut [0; 8]).await.unwrap(), 0);
+        assert_eq!(ends.stdin.unwrap().read(&mut [0; 8]).await.unwrap(), 0);
     }
 }
