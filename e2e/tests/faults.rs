@@ -2,14 +2,19 @@
 
 use std::{
     fs,
-    process::{ExitCode, Stdio},
+    os::unix::fs::PermissionsExt,
+    path::Path,
+    process::{Command, ExitCode, Stdio},
     time::{Duration, Instant},
 };
 
 use anyhow::{Context, ensure};
 use bulkhead_e2e::{Cli, Containerd, Finished, Flavour, Scratch, cases, run};
 use nix::{
-    sys::signal::{Signal, kill},
+    sys::{
+        signal::{Signal, kill},
+        stat::{Mode, SFlag, makedev, mknod},
+    },
     unistd::Pid,
 };
 
@@ -23,9 +28,11 @@ fn main() -> ExitCode {
         an_image_that_is_none_is_refused,
         a_missing_rootfs_is_refused,
         a_wrong_key_is_named_with_the_right_one,
+        a_guest_that_panics_is_told_with_its_console,
         a_guest_that_never_answers_is_told_with_its_console,
         a_killed_vm_ends_the_run,
-        a_killed_agent_ends_the_run,
+        a_killed_backend_ends_the_run,
+        a_guest_that_crashes_ends_the_task,
         a_killed_owner_leaves_nothing_running,
         a_killed_vm_ends_the_task,
         a_killed_shim_is_cleaned_up,
@@ -83,10 +90,41 @@ fn a_wrong_key_is_named_with_the_right_one(scratch: &Scratch) -> anyhow::Result<
     fails(scratch, "[hypervisor.qemu]\nkernle = \"/x\"\n", &["kernle", "kernel"])
 }
 
-fn a_guest_that_never_answers_is_told_with_its_console(scratch: &Scratch) -> anyhow::Result<()> {
+fn a_guest_that_panics_is_told_with_its_console(scratch: &Scratch) -> anyhow::Result<()> {
     // The kernel is told to run a first program that is not there: it panics, and QEMU ends.
     let config = "[hypervisor.qemu]\nkernel_params = \"rdinit=/no/such/init init=/no/such/init\"\n";
     fails(scratch, config, &["panic"])
+}
+
+fn a_guest_that_never_answers_is_told_with_its_console(scratch: &Scratch) -> anyhow::Result<()> {
+    let initramfs = scratch.path().join("mute.img");
+    mute_initramfs(&initramfs)?;
+    // The bound is stretched tenfold under TCG.
+    let config =
+        format!("[hypervisor.qemu]\ninitrd = \"{}\"\n[agent]\ndial_timeout = 1\n", initramfs.display());
+    fails(scratch, &config, &["did not answer within", "I shall not say more"])
+}
+
+/// An initramfs whose first program says one line and then nothing.
+fn mute_initramfs(path: &Path) -> anyhow::Result<()> {
+    let root = path.with_extension("root");
+    fs::create_dir_all(root.join("bin"))?;
+    fs::copy("/bin/busybox", root.join("bin/busybox"))?;
+    fs::write(
+        root.join("init"),
+        "#!/bin/busybox sh\necho I shall not say more\nexec /bin/busybox sleep 1000000\n",
+    )?;
+    fs::set_permissions(root.join("init"), fs::Permissions::from_mode(0o755))?;
+    // `console=` makes /dev/console the program's output, if there is a node for it.
+    fs::create_dir(root.join("dev"))?;
+    mknod(&root.join("dev/console"), SFlag::S_IFCHR, Mode::from_bits_truncate(0o600), makedev(5, 1))?;
+    let pack = format!("find . | /bin/busybox cpio -o -H newc > {}", path.display());
+    let status =
+        Command::new("/bin/sh").args(["-c", &pack]).current_dir(&root).stderr(Stdio::null()).status()?;
+    ensure!(status.success(), "packing the initramfs failed");
+    fs::set_permissions(path, fs::Permissions::from_mode(0o644))?;
+    fs::set_permissions(path.parent().context("a folder")?, fs::Permissions::from_mode(0o755))?;
+    Ok(())
 }
 
 /// Starts a container that sleeps, and waits until it runs.
@@ -134,10 +172,8 @@ fn a_killed_vm_ends_the_run(scratch: &Scratch) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn a_killed_agent_ends_the_run(scratch: &Scratch) -> anyhow::Result<()> {
+fn a_killed_backend_ends_the_run(scratch: &Scratch) -> anyhow::Result<()> {
     let child = sleeper(scratch)?;
-    // A container with every right on the guest's kernel could do this; from the host it is the monitor of the agent's
-    // connection that is cut.
     let found = pids("bulkhead-backen")?;
     ensure!(!found.is_empty(), "no backend process");
     for pid in found {
@@ -180,6 +216,36 @@ fn a_killed_vm_ends_the_task(scratch: &Scratch) -> anyhow::Result<()> {
     Ok(())
 }
 
+fn a_guest_that_crashes_ends_the_task(scratch: &Scratch) -> anyhow::Result<()> {
+    let containerd = Containerd::start(scratch, Flavour::installed()?)?;
+    // With the kernel goes the agent; a container with every right may bring both down, and only those.
+    let rights = ["CAP_SYS_ADMIN", "CAP_DAC_OVERRIDE"];
+    let spec = serde_json::json!({
+        "ociVersion": "1.0.2",
+        "process": {
+            "cwd": "/", "args": ["/bin/sh", "-c", "echo c > /proc/sysrq-trigger"], "env": ["PATH=/bin"],
+            "user": {"uid": 0, "gid": 0},
+            "capabilities": {"bounding": rights, "effective": rights, "permitted": rights},
+        },
+        "root": {"path": scratch.rootfs()?.display().to_string()},
+        "mounts": [{"destination": "/proc", "type": "proc", "source": "proc"}],
+        "linux": {"namespaces": [{"type": "pid"}, {"type": "mount"}]},
+    });
+    let done = run_spec(scratch, &containerd, &spec)?;
+    ensure!(done.code == 137 || done.code == 255, "{done:?}");
+    Ok(())
+}
+
+fn run_spec(
+    scratch: &Scratch,
+    containerd: &Containerd,
+    spec: &serde_json::Value,
+) -> anyhow::Result<Finished> {
+    let file = scratch.path().join("config.json");
+    fs::write(&file, spec.to_string())?;
+    containerd.ctr(&["run", "--rm", "--runtime", RUNTIME, "--config", &file.display().to_string(), "box"])
+}
+
 fn until_stopped(containerd: &Containerd, id: &str) -> anyhow::Result<()> {
     let start = Instant::now();
     loop {
@@ -216,10 +282,7 @@ fn an_unknown_namespace_is_refused(scratch: &Scratch) -> anyhow::Result<()> {
         "root": {"path": scratch.rootfs()?.display().to_string()},
         "linux": {"namespaces": [{"type": "nonesuch"}]},
     });
-    let file = scratch.path().join("config.json");
-    fs::write(&file, spec.to_string())?;
-    let config = file.display().to_string();
-    let done = containerd.ctr(&["run", "--rm", "--runtime", RUNTIME, "--config", &config, "box"])?;
+    let done = run_spec(scratch, &containerd, &spec)?;
     ensure!(done.code != 0, "{done:?}");
     done.expect_error("nonesuch")?;
     Ok(())
@@ -229,7 +292,7 @@ fn a_bundle_without_a_spec_is_refused(scratch: &Scratch) -> anyhow::Result<()> {
     let bundle = scratch.path().join("bundle");
     fs::create_dir(&bundle)?;
     let shim = scratch.prefix().bin().join("containerd-shim-bulkhead-v2");
-    let output = std::process::Command::new(shim)
+    let output = Command::new(shim)
         .args(["-namespace", "test", "-address", "/no/such.sock", "-id", "box", "start"])
         .current_dir(&bundle)
         .stdin(Stdio::null())

@@ -17,6 +17,7 @@
 //!
 //! [agent]
 //! log_level = "info"
+//! dial_timeout = 15           # seconds for the guest to answer; ten times as long under TCG
 //!
 //! [runtime]
 //! hypervisor_name = "qemu"    # qemu, local
@@ -27,6 +28,7 @@
 use std::{
     env, fs,
     path::{Path, PathBuf},
+    time::Duration,
 };
 
 use bulkhead_hypervisor::AccelPolicy;
@@ -36,9 +38,10 @@ use crate::{Error, error::os};
 
 const DEFAULT_FILE: &str = "/etc/bulkhead/configuration.toml";
 const MEMORY_MIN_MIB: i64 = 64;
+const DIAL_MAX_SECONDS: u64 = 3600;
 
 /// Every key there is.
-const KEYS: [&str; 14] = [
+const KEYS: [&str; 15] = [
     "hypervisor.qemu.path",
     "hypervisor.qemu.kernel",
     "hypervisor.qemu.initrd",
@@ -50,6 +53,7 @@ const KEYS: [&str; 14] = [
     "hypervisor.qemu.kernel_params",
     "hypervisor.local.agent",
     "agent.log_level",
+    "agent.dial_timeout",
     "runtime.hypervisor_name",
     "runtime.state_root",
     "runtime.cache_dir",
@@ -90,6 +94,8 @@ pub struct Config {
     pub default_memory_mib: u64,
     /// Further kernel command line parameters.
     pub kernel_params: Vec<String>,
+    /// How long the guest may take to answer, before it is stretched for the accelerator.
+    pub dial_timeout: Duration,
     /// Where sandboxes keep their state while they live: `/run/bulkhead`, or `$BULKHEAD_STATE`.
     pub state_root: PathBuf,
     /// What is worth remembering between runs: `/var/cache/bulkhead`.
@@ -136,6 +142,7 @@ impl Config {
             default_vcpus: 1,
             default_memory_mib: 1024,
             kernel_params: Vec::new(),
+            dial_timeout: Duration::from_secs(15),
             state_root: "/run/bulkhead".into(),
             cache_dir: "/var/cache/bulkhead".into(),
         }
@@ -162,6 +169,7 @@ impl Config {
                 }
                 "hypervisor.local.agent" => agent = path(key, value)?,
                 "agent.log_level" => self.kernel_params.push(format!("agent.log={}", log_level(key, value)?)),
+                "agent.dial_timeout" => self.dial_timeout = seconds(key, value)?,
                 "runtime.hypervisor_name" => hypervisor_name = string(key, value)?,
                 "runtime.state_root" => self.state_root = path(key, value)?,
                 "runtime.cache_dir" => self.cache_dir = path(key, value)?,
@@ -249,6 +257,14 @@ fn path(key: &str, value: &Value) -> Result<PathBuf, String> {
     if path.is_absolute() { Ok(path) } else { Err(format!("{key} is {value}: an absolute path is expected")) }
 }
 
+fn seconds(key: &str, value: &Value) -> Result<Duration, String> {
+    let seconds = value.as_integer().and_then(|seconds| u64::try_from(seconds).ok());
+    let seconds = seconds.filter(|seconds| (1..=DIAL_MAX_SECONDS).contains(seconds)).map(Duration::from_secs);
+    seconds.ok_or_else(|| {
+        format!("{key} is {value}: a number of seconds from 1 to {DIAL_MAX_SECONDS} is expected")
+    })
+}
+
 fn accel(key: &str, value: &Value) -> Result<AccelPolicy, String> {
     match value.as_str() {
         Some("auto") => Ok(AccelPolicy::Auto),
@@ -333,7 +349,7 @@ mod tests {
     fn values_are_taken() {
         let config = applied(
             "[hypervisor.qemu]\nkernel = '/k'\ndefault_vcpus = 3\ndefault_memory = 256\naccel = 'tcg'\n\
-             kernel_params = 'a=1  b'\n[hypervisor.local]\nagent = '/a'\n[runtime]\nhypervisor_name = 'local'",
+             kernel_params = 'a=1  b'\n[agent]\ndial_timeout = 7\n[hypervisor.local]\nagent = '/a'\n[runtime]\nhypervisor_name = 'local'",
         )
         .unwrap();
         assert_eq!(config.kernel, Path::new("/k"));
@@ -342,6 +358,7 @@ mod tests {
             (3, 256, AccelPolicy::Tcg)
         );
         assert_eq!(config.kernel_params, ["a=1", "b"]);
+        assert_eq!(config.dial_timeout, Duration::from_secs(7));
         assert_eq!(config.hypervisor, Hypervisor::Local { agent: "/a".into() });
         assert!(applied("[hypervisor.qemu]\ndefault_vcpus = -1").unwrap().default_vcpus >= 1);
     }
@@ -365,6 +382,7 @@ mod tests {
             ("[hypervisor.qemu]\naccel = 'xen'", "\"auto\", \"kvm\" or \"tcg\""),
             ("[runtime]\nhypervisor_name = 'xen'", "\"qemu\" or \"local\""),
             ("[agent]\nlog_level = 'loud'", "one of error, warn"),
+            ("[agent]\ndial_timeout = 0", "a number of seconds"),
             ("[hypervisor", "TOML parse error"),
         ] {
             let error = applied(text).unwrap_err();

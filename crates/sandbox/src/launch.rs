@@ -23,8 +23,6 @@ use crate::{
     storage::{self, ShareRoot},
 };
 
-/// From the VMM's start to the agent's first answer, on hardware virtualization.
-const BOOT_BOUND: Duration = Duration::from_secs(15);
 /// How long the end of a VM may take to be seen after its sockets have closed.
 const DYING_BOUND: Duration = Duration::from_secs(2);
 /// The hypervisor's limit on the VM's directory.
@@ -80,7 +78,14 @@ pub(crate) async fn launch(config: &Config, spec: SandboxSpec) -> Result<Pod, Er
             spec.id
         );
     }
-    match greet(&vm, &spec).await {
+    if let Some(netns) = &spec.netns {
+        tracing::warn!(
+            "sandbox {}: the interfaces of {} are not connected to the VM; it has only its loopback",
+            spec.id,
+            netns.display()
+        );
+    }
+    match greet(&vm, &spec, config.dial_timeout).await {
         Ok((agent, agent_ready, sandbox_created)) => {
             let roster = Roster::new(state_of(&spec, vm.as_ref()), site.directory.clone());
             let roster = match roster {
@@ -111,10 +116,15 @@ async fn forget_the_dead(config: &Config, id: &str) -> Result<(), Error> {
     .await
 }
 
-/// Shakes hands with the agent and creates the sandbox; ends at once when the VM does.
-async fn greet(vm: &Arc<dyn Vm>, spec: &SandboxSpec) -> Result<(Agent, Duration, Duration), Error> {
+/// Shakes hands with the agent within a bound for hardware virtualization, and creates the sandbox; ends at once when the
+/// VM does.
+async fn greet(
+    vm: &Arc<dyn Vm>,
+    spec: &SandboxSpec,
+    bound: Duration,
+) -> Result<(Agent, Duration, Duration), Error> {
     let begun = Instant::now();
-    let bound = vm.accel().scale(BOOT_BOUND);
+    let bound = vm.accel().scale(bound);
     let greeting = async {
         let agent = match Agent::connect(vm.endpoint(), vm.accel(), bound).await {
             Ok(agent) => agent,
