@@ -12,6 +12,8 @@ use anyhow::bail;
 
 use crate::runner;
 
+/// Where a container runtime makes cgroups: the hierarchies of cgroup v1, and the usual parents in v2.
+const CGROUPS: [&str; 6] = ["memory", "devices", "unified", "system.slice", "default", "k8s.io"];
 /// A teardown that goes on in the background (a shim that exits after its last answer) has this long.
 const SETTLE: Duration = Duration::from_secs(15);
 
@@ -28,11 +30,13 @@ impl Census {
         things.extend(processes());
         things.extend(lines("/proc/self/mountinfo").iter().filter_map(|line| mount(line)));
         things.extend(lines("/proc/net/unix").iter().filter_map(|line| socket(line)));
-        for (kind, folder) in [("netns", "/run/netns"), ("link", "/sys/class/net"), ("shm", "/dev/shm")] {
+        things.extend(lines("/proc/self/net/dev").iter().filter_map(|line| link(line)));
+        for (kind, folder) in [("netns", "/run/netns"), ("state", "/run/bulkhead"), ("shm", "/dev/shm")] {
             things.extend(entries(Path::new(folder)).map(|path| format!("{kind} {}", path.display())));
         }
-        for hierarchy in ["/sys/fs/cgroup/memory", "/sys/fs/cgroup/devices", "/sys/fs/cgroup/unified"] {
-            things.extend(tree(Path::new(hierarchy)).map(|path| format!("cgroup {}", path.display())));
+        for hierarchy in CGROUPS {
+            let hierarchy = Path::new("/sys/fs/cgroup").join(hierarchy);
+            things.extend(tree(&hierarchy).map(|path| format!("cgroup {}", path.display())));
         }
         for root in ["/run", runner::RUNS] {
             things.extend(files(Path::new(root)).map(|path| format!("file {}", path.display())));
@@ -90,6 +94,12 @@ fn processes() -> impl Iterator<Item = String> {
         let command = fs::read_to_string(folder.join("cmdline")).unwrap_or_default().replace('\0', " ");
         Some(format!("process {pid} ({name}) {command}"))
     })
+}
+
+/// A line of `/proc/net/dev`, whose first two are headings.
+fn link(line: &str) -> Option<String> {
+    let (name, figures) = line.split_once(':')?;
+    (!figures.contains('|')).then(|| format!("link {}", name.trim()))
 }
 
 fn mount(line: &str) -> Option<String> {

@@ -137,11 +137,11 @@ fn volumes_are_shared(scratch: &Scratch) -> anyhow::Result<()> {
     fs::write(fixed.join("file"), "from the host")?;
     fs::write(scratch.path().join("single"), "one file")?;
     let (rw, ro, file) = (
-        format!("{}:/work", work.display()),
+        format!("{}:/data", work.display()),
         format!("{}:/fixed:ro", fixed.display()),
         format!("{}:/etc/single:ro", scratch.path().join("single").display()),
     );
-    let script = "cat /fixed/file /etc/single; echo from the guest > /work/made; echo no > /fixed/file || echo refused";
+    let script = "cat /fixed/file /etc/single; echo from the guest > /data/made; echo no > /fixed/file || echo refused";
     let done = sh(scratch, &["-v", &rw, "-v", &ro, "-v", &file], script)?.expect(0)?;
     ensure!(done.text() == "from the hostone filerefused", "{done:?}");
     ensure!(fs::read_to_string(work.join("made"))? == "from the guest\n", "the host sees no file");

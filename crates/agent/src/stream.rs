@@ -2,8 +2,8 @@
 //! writes that take everything, and an end that always comes.
 //!
 //! A pipe ends when its last writer is gone. That writer may be a background process that outlives the process proper, so
-//! a read also ends once the process has exited and the pipe is empty. Nothing polls: a read waits for whichever of the
-//! two events comes first.
+//! what is in the pipe when the process is seen to have exited is the last of it: all that the process wrote is there by
+//! then. Nothing polls: a read waits for whichever of the two events comes first.
 
 use std::{
     io,
@@ -34,7 +34,16 @@ type Descriptor = Arc<AsyncFd<OwnedFd>>;
 /// The readable end of a process' output. Reads of one stream are served in turn.
 pub(crate) struct Output {
     /// Gone once the end was seen.
-    descriptor: Mutex<Option<Descriptor>>,
+    source: Mutex<Option<Source>>,
+}
+
+#[derive(Clone)]
+struct Source {
+    descriptor: Descriptor,
+    /// Once its session has ended, a terminal ends for everybody; a pipe does not.
+    terminal: bool,
+    /// How many bytes of a pipe are still the process', known when it has exited.
+    left: Option<usize>,
 }
 
 /// The writable end of a process' input. Writes are served in turn.
@@ -69,8 +78,8 @@ impl Streams {
             return Ok(Streams {
                 terminal: Some(Arc::downgrade(&master)),
                 stdin: Input::new(Some(Arc::clone(&master)), true),
-                stdout: Output::new(Some(master)),
-                stderr: Output::new(None),
+                stdout: Output::new(Some(master), true),
+                stderr: Output::new(None, true),
             });
         }
         for output in [&streams.stdout, &streams.stderr].into_iter().flatten() {
@@ -83,8 +92,8 @@ impl Streams {
         Ok(Streams {
             terminal: None,
             stdin: Input::new(writable(streams.stdin)?, false),
-            stdout: Output::new(readable(streams.stdout)?),
-            stderr: Output::new(readable(streams.stderr)?),
+            stdout: Output::new(readable(streams.stdout)?, false),
+            stderr: Output::new(readable(streams.stderr)?, false),
         })
     }
 
@@ -97,8 +106,7 @@ impl Streams {
 
     /// Whether every output has been read to its end.
     pub(crate) fn drained(&self) -> bool {
-        let ended =
-            |output: &Output| output.descriptor.try_lock().is_ok_and(|descriptor| descriptor.is_none());
+        let ended = |output: &Output| output.source.try_lock().is_ok_and(|source| source.is_none());
         ended(&self.stdout) && ended(&self.stderr)
     }
 }
@@ -117,28 +125,16 @@ async fn exited(exit: &mut Exit) {
 }
 
 impl Output {
-    fn new(descriptor: Option<Descriptor>) -> Output {
-        Output { descriptor: Mutex::new(descriptor) }
+    fn new(descriptor: Option<Descriptor>, terminal: bool) -> Output {
+        let source = descriptor.map(|descriptor| Source { descriptor, terminal, left: None });
+        Output { source: Mutex::new(source) }
     }
 
     /// Waits for output and returns up to `limit` bytes of it; empty at the end, and ever after.
-    pub(crate) async fn read(&self, limit: usize, mut exit: Exit) -> io::Result<Vec<u8>> {
-        let mut slot = self.descriptor.lock().await;
-        let Some(descriptor) = slot.clone() else { return Ok(Vec::new()) };
-        let data = loop {
-            tokio::select! {
-                biased;
-                ready = descriptor.readable() => {
-                    if let Ok(data) = ready?.try_io(|fd| receive(fd.get_ref(), limit)) {
-                        break data?;
-                    }
-                }
-                () = exited(&mut exit) => match receive(descriptor.get_ref(), limit) {
-                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => break Vec::new(),
-                    data => break data?,
-                },
-            }
-        };
+    pub(crate) async fn read(&self, limit: usize, exit: Exit) -> io::Result<Vec<u8>> {
+        let mut slot = self.source.lock().await;
+        let Some(source) = slot.as_mut() else { return Ok(Vec::new()) };
+        let data = source.read(limit, exit).await?;
         if data.is_empty() {
             *slot = None;
         }
@@ -146,12 +142,50 @@ impl Output {
     }
 }
 
+impl Source {
+    async fn read(&mut self, limit: usize, mut exit: Exit) -> io::Result<Vec<u8>> {
+        loop {
+            let ended = exit.borrow().is_some() && !self.terminal;
+            if ended && self.left.is_none() {
+                self.left = Some(pending(self.descriptor.get_ref()));
+            }
+            if self.left == Some(0) {
+                return Ok(Vec::new());
+            }
+            let limit = limit.min(self.left.unwrap_or(limit));
+            tokio::select! {
+                biased;
+                ready = self.descriptor.readable() => {
+                    if let Ok(data) = ready?.try_io(|fd| receive(fd.get_ref(), limit)) {
+                        let data = data?;
+                        self.left = self.left.map(|left| left.saturating_sub(data.len()));
+                        return Ok(data);
+                    }
+                }
+                () = exited(&mut exit), if self.left.is_none() => {
+                    if self.terminal {
+                        return match receive(self.descriptor.get_ref(), limit) {
+                            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(Vec::new()),
+                            data => data,
+                        };
+                    }
+                    // Once the owner of the exit is gone there is no code to be seen, and no more output either.
+                    self.left = Some(pending(self.descriptor.get_ref()));
+                }
+            }
+        }
+    }
+}
+
+/// How many bytes are there now.
+fn pending(descriptor: &OwnedFd) -> usize {
+    rustix::io::ioctl_fionread(descriptor).map_or(READ_LIMIT, |n| usize::try_from(n).unwrap_or(READ_LIMIT))
+}
+
 /// Reads what is there. The memory is taken only now, so a waiting read costs none.
 fn receive(descriptor: &OwnedFd, limit: usize) -> io::Result<Vec<u8>> {
-    let available = rustix::io::ioctl_fionread(descriptor)
-        .map_or(READ_LIMIT, |n| usize::try_from(n).unwrap_or(READ_LIMIT));
     // At least one byte is asked for, or the end would never be seen.
-    let mut data = Vec::with_capacity(available.clamp(1, limit.clamp(1, READ_LIMIT)));
+    let mut data = Vec::with_capacity(pending(descriptor).clamp(1, limit.clamp(1, READ_LIMIT)));
     match rustix::io::retry_on_intr(|| rustix::io::read(descriptor, spare_capacity(&mut data))) {
         Ok(_) => Ok(data),
         // What the master of a terminal answers once no one has the terminal open.
@@ -307,6 +341,25 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn a_background_process_that_never_stops_writing_does_not_delay_the_end() {
+        let (reader, writer) = pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK).unwrap();
+        let output = Output::new(readable(Some(reader)).unwrap(), false);
+        let (process, exit) = exit();
+        rustix::io::write(&writer, b"the process' own").unwrap();
+        process.send_replace(Some(0));
+        let mut received = Vec::new();
+        loop {
+            let data = output.read(5, exit.clone()).await.unwrap();
+            if data.is_empty() {
+                break;
+            }
+            received.extend(data);
+            rustix::io::write(&writer, b"somebody else's").unwrap();
+        }
+        assert_eq!(received, b"the process' own");
+    }
+
+    #[tokio::test]
     async fn a_write_takes_everything_and_a_close_is_the_end() {
         let (reader, writer) = pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK).unwrap();
         let streams = bulkhead_executor::Streams { stdin: Some(writer), ..Default::default() };
@@ -318,7 +371,7 @@ mod tests {
             writing.stdin.write(&sent, ending.clone()).await.unwrap();
             writing.stdin.close(ending).await;
         });
-        let reader = Output::new(readable(Some(reader)).unwrap());
+        let reader = Output::new(readable(Some(reader)).unwrap(), false);
         let mut received = Vec::new();
         loop {
             let data = reader.read(1000, exit.clone()).await.unwrap();

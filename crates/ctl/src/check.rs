@@ -3,10 +3,12 @@
 use std::{fs, io::Write as _, path::Path, process::Command};
 
 use anyhow::{Context as _, Result};
-use bulkhead_hypervisor::{Accel, AccelPolicy, AccelQuery, resolve_accel};
+use bulkhead_hypervisor::{Accel, AccelPolicy, resolve_accel};
 use bulkhead_sandbox::{Config, Hypervisor};
 use clap::Args;
 use serde::Serialize;
+
+use crate::acceleration;
 
 /// The oldest QEMU whose command line and vhost-user devices are used here.
 const OLDEST_QEMU: (u32, u32) = (7, 2);
@@ -186,17 +188,10 @@ fn memory(default_mib: u64, meminfo: &str) -> Finding {
 /// Adds the finding on KVM, booting a probe guest if this host has not been judged yet.
 fn acceleration(config: &Config, findings: &mut Vec<Finding>) -> Result<Option<Accel>> {
     const WHAT: &str = "acceleration";
-    let query = AccelQuery {
-        policy: config.accel,
-        vmm: &config.vmm,
-        kernel: &config.kernel,
-        initramfs: &config.initramfs,
-        machine: &config.machine,
-        cache_dir: &config.cache_dir,
-    };
+    acceleration::announce_probe(config);
     let runtime =
         tokio::runtime::Builder::new_current_thread().enable_all().build().context("start the runtime")?;
-    let (accel, finding) = match runtime.block_on(resolve_accel(&query)) {
+    let (accel, finding) = match runtime.block_on(resolve_accel(&acceleration::query(config))) {
         Ok(verdict) if verdict.accel == Accel::Kvm => {
             (Some(Accel::Kvm), ok(WHAT, format!("KVM: {}", verdict.reason)))
         }

@@ -3,7 +3,7 @@
 //! It talks to the guest's agent itself. As the agent demands, the output is read to its end before the exit code is asked
 //! for, because asking forgets the process.
 
-use std::{path::Path, sync::Arc};
+use std::{path::Path, sync::Arc, time::Duration};
 
 use anyhow::{Context as _, Result};
 use bulkhead_protocol::{
@@ -109,6 +109,7 @@ async fn execute(
     let mut signals = Signals::install().context("signal handlers")?;
     let remote = Remote {
         agent: Arc::new(running.agent().await?),
+        bound: running.bound(),
         container: running.state.id.clone(),
         exec: format!("exec-{}", name::fresh_id()?),
         terminal: process.terminal().unwrap_or(false),
@@ -142,6 +143,7 @@ async fn execute(
 #[derive(Clone)]
 struct Remote {
     agent: Arc<AgentServiceClient>,
+    bound: Duration,
     container: String,
     exec: String,
     terminal: bool,
@@ -163,7 +165,7 @@ impl Remote {
             ..Default::default()
         };
         self.agent
-            .exec_process(bounded(), &request)
+            .exec_process(bounded(self.bound), &request)
             .await
             .map_err(|error| failure::agent("ExecProcess", &error))?;
         Ok(())
@@ -175,7 +177,7 @@ impl Remote {
             exec_id: self.exec.clone(),
             ..Default::default()
         };
-        match self.agent.close_stdin(bounded(), &request).await {
+        match self.agent.close_stdin(bounded(self.bound), &request).await {
             // A quick command has ended meanwhile.
             Err(error) if Kind::of_error(&error) != Kind::NotFound => {
                 Err(failure::agent("CloseStdin", &error).into())
@@ -254,7 +256,7 @@ impl Partner for Remote {
             signal,
             ..Default::default()
         };
-        let sent = self.agent.signal_process(bounded(), &request).await;
+        let sent = self.agent.signal_process(bounded(self.bound), &request).await;
         sent.map(drop).map_err(|error| failure::agent("SignalProcess", &error).into())
     }
 
@@ -266,7 +268,7 @@ impl Partner for Remote {
             column: columns.into(),
             ..Default::default()
         };
-        let sent = self.agent.tty_win_resize(bounded(), &request).await;
+        let sent = self.agent.tty_win_resize(bounded(self.bound), &request).await;
         sent.map(drop).map_err(|error| failure::agent("TtyWinResize", &error).into())
     }
 

@@ -3,6 +3,8 @@
 use bulkhead_protocol::status::Kind;
 use bulkhead_sandbox::Error;
 
+use crate::lookup::NotThere;
+
 /// We failed, not the command: as with docker.
 pub(crate) const OURS: u8 = 125;
 /// The command is there and cannot be executed.
@@ -17,11 +19,12 @@ pub(crate) fn line(error: &anyhow::Error) -> String {
 
 /// The exit code for a failed `run` or `exec`.
 pub(crate) fn code(error: &anyhow::Error) -> u8 {
-    let agent = error.chain().find_map(|cause| match cause.downcast_ref::<Error>() {
+    let command = error.chain().find_map(|cause| match cause.downcast_ref::<Error>() {
         Some(Error::Agent { kind, message, .. }) => command_code(*kind, message),
-        _ => None,
+        Some(_) => None,
+        None => command_code(Kind::InvalidArgument, &cause.downcast_ref::<NotThere>()?.to_string()),
     });
-    agent.unwrap_or(OURS)
+    command.unwrap_or(OURS)
 }
 
 /// Decides from the executor's words, which are runc's: `exec: "x": ...`.
@@ -68,6 +71,15 @@ mod tests {
         assert_eq!(refused(Kind::PermissionDenied, "the kernel said no"), 125);
         assert_eq!(refused(wrong, "mount /x: no such file or directory"), 125);
         assert_eq!(code(&anyhow::anyhow!(r#"exec: "x": executable file not found"#)), 125);
+    }
+
+    #[test]
+    fn what_is_missed_here_has_the_code_that_the_guest_would_give() {
+        let root = crate::inroot::Root::open(std::path::Path::new("/")).unwrap();
+        for (command, expected) in [("/no/such", 127), ("no-such-command", 127), ("/etc/passwd/x", 126)] {
+            let missed = crate::lookup::check(&root, command, "/usr/bin", "/");
+            assert_eq!(code(&missed.context("run container x").unwrap_err()), expected, "{command}");
+        }
     }
 
     #[test]

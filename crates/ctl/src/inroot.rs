@@ -8,10 +8,10 @@ use std::{
     ffi::OsStr,
     io::{self, Read as _},
     os::{
-        fd::{AsFd, BorrowedFd, OwnedFd},
+        fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd},
         unix::ffi::OsStrExt as _,
     },
-    path::Path,
+    path::{Path, PathBuf},
 };
 
 use rustix::{
@@ -49,6 +49,13 @@ impl Root {
         }
     }
 
+    /// The path inside the root of what was opened below it, all links resolved.
+    pub(crate) fn place(&self, fd: impl AsFd) -> io::Result<PathBuf> {
+        let path = |fd: BorrowedFd<'_>| std::fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd()));
+        let (path, root) = (path(fd.as_fd())?, path(self.0.as_fd())?);
+        Ok(Path::new("/").join(path.strip_prefix(root).map_err(io::Error::other)?))
+    }
+
     /// Opens a directory below the root, as a handle for `*at` calls.
     pub(crate) fn dir(&self, path: &[u8]) -> io::Result<OwnedFd> {
         self.open_at(path, OFlags::PATH | OFlags::DIRECTORY)
@@ -82,17 +89,18 @@ impl Root {
     /// Reads a small regular file below the root; `None` when there is none. One that is larger than `limit` bytes or not
     /// a regular file is an error, so that a fifo or an endless file of an image cannot hold us.
     pub(crate) fn read(&self, path: &str, limit: u64) -> io::Result<Option<Vec<u8>>> {
-        let fd = match self.open_at(path.as_bytes(), OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY) {
+        // Looked at before it is opened: merely opening a device can have effects.
+        let fd = match self.open_at(path.as_bytes(), OFlags::PATH) {
             Ok(fd) => fd,
             Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => {
                 return Ok(None);
             }
             Err(error) => return Err(error),
         };
-        let file = std::fs::File::from(fd);
-        if !file.metadata()?.is_file() {
+        if fs::FileType::from_raw_mode(fs::fstat(&fd)?.st_mode) != fs::FileType::RegularFile {
             return Err(io::Error::other("not a regular file"));
         }
+        let file = std::fs::File::open(format!("/proc/self/fd/{}", fd.as_raw_fd()))?;
         let mut text = Vec::new();
         file.take(limit + 1).read_to_end(&mut text)?;
         if text.len() as u64 > limit {
@@ -138,6 +146,17 @@ mod tests {
         assert_eq!(root.read("absolute", 100).unwrap(), None);
         assert_eq!(root.read("../../etc/passwd", 100).unwrap().unwrap(), b"inside");
         assert_eq!(root.read("/link/passwd", 100).unwrap().unwrap(), b"inside");
+    }
+
+    #[test]
+    fn places_are_told_without_links() {
+        let (dir, root) = root();
+        std::fs::create_dir_all(dir.path().join("root/usr/bin")).unwrap();
+        symlink("/usr/bin", dir.path().join("root/bin")).unwrap();
+        let place = |path: &[u8]| root.place(root.dir(path).unwrap()).unwrap();
+        assert_eq!(place(b"/bin/"), Path::new("/usr/bin"));
+        assert_eq!(place(b"/"), Path::new("/"));
+        assert!(root.place(std::fs::File::open(dir.path().join("secret")).unwrap()).is_err());
     }
 
     #[test]

@@ -40,7 +40,7 @@ pub(crate) async fn send(running: &Running, signal: u32) -> Result<()> {
     let request =
         SignalProcessRequest { container_id: running.state.id.clone(), signal, ..Default::default() };
     agent
-        .signal_process(bounded(), &request)
+        .signal_process(bounded(running.bound()), &request)
         .await
         .map_err(|error| failure::agent("SignalProcess", &error))?;
     Ok(())

@@ -4,13 +4,15 @@
 //! |---|---|
 //! | `run.rs`, `session.rs`, `conversation.rs` | a run: arguments, its life, the user and the process |
 //! | `exec.rs`, `ps.rs`, `kill.rs`, `rm.rs` | what other invocations do to a run (`running.rs` finds it) |
-//! | `check.rs`, `version.rs` | the host, and this program |
+//! | `check.rs`, `acceleration.rs`, `version.rs` | the host, and this program |
 //! | `archive/` | image archives |
 //! | `spec.rs`, `user.rs`, `volume.rs`, `limits.rs`, `name.rs` | from texts to an OCI configuration |
 //! | `rundir.rs`, `tree.rs`, `inroot.rs` | directories: of a run, to remove, to resolve beneath |
+//! | `lookup.rs` | a command that is not there |
 //! | `streams.rs`, `tty.rs`, `signals.rs` | the user's end |
 //! | `failure.rs`, `timing.rs` | the last lines |
 
+mod acceleration;
 mod archive;
 mod check;
 mod conversation;
@@ -19,6 +21,7 @@ mod failure;
 mod inroot;
 mod kill;
 mod limits;
+mod lookup;
 mod name;
 mod ps;
 mod rm;

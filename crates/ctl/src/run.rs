@@ -164,7 +164,7 @@ fn plan(args: Run, stop: &AtomicBool) -> Result<Plan> {
         (None, None) => bail!("give an image archive or --rootfs"),
     };
     spec::command(&execution, &overrides.command)?;
-    Ok(Plan {
+    let plan = Plan {
         config,
         id,
         name,
@@ -180,7 +180,12 @@ fn plan(args: Run, stop: &AtomicBool) -> Result<Plan> {
         dir,
         bundle,
         rootfs,
-    })
+    };
+    // An image is looked into as soon as it is unpacked.
+    if plan.image.is_none() {
+        plan.find_command()?;
+    }
+    Ok(plan)
 }
 
 /// Everything here needs root: VMs with shared directories, mounts, other processes' state.

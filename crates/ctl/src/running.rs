@@ -1,8 +1,12 @@
 //! Runs that are there: found by their state files, owned by another process.
 
-use std::path::{Path, PathBuf};
+use std::{
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 use anyhow::{Context as _, Result, bail, ensure};
+use bulkhead_hypervisor::Accel;
 use bulkhead_protocol::{agent_ttrpc::AgentServiceClient, ports};
 use bulkhead_sandbox::{Config, State};
 use ttrpc::r#async::{Client, transport::Socket};
@@ -20,8 +24,8 @@ pub(crate) const ROOTFS: &str = "rootfs";
 /// File in the directory of the run: what the VM runs under, which is known only once it runs.
 pub(crate) const ACCEL: &str = "accel";
 
-/// How long an agent that runs may take to accept a connection and answer.
-const AGENT_BOUND: std::time::Duration = std::time::Duration::from_secs(60);
+/// How long an agent that runs may take to accept a connection, and to answer, on hardware virtualization.
+const AGENT_BOUND: Duration = Duration::from_secs(60);
 
 /// A pod of this host, whoever owns it.
 #[derive(Clone, Debug)]
@@ -61,17 +65,27 @@ impl Running {
         self.label(DIR).map(|dir| Path::new(dir).join("bundle"))
     }
 
+    /// How long its agent may take to accept a connection, and to answer an ordinary call.
+    pub(crate) fn bound(&self) -> Duration {
+        bound(self.accel().as_deref())
+    }
+
     /// A connection to its agent.
     pub(crate) async fn agent(&self) -> Result<AgentServiceClient> {
-        let connection = self.state.endpoint.dial_within(ports::AGENT, AGENT_BOUND).await;
+        let connection = self.state.endpoint.dial_within(ports::AGENT, self.bound()).await;
         let connection = connection.with_context(|| format!("reach the agent of {}", self.name()))?;
         Ok(AgentServiceClient::new(Client::new(Socket::new(connection))))
     }
 }
 
-/// The bound of an ordinary call.
-pub(crate) fn bounded() -> ttrpc::context::Context {
-    ttrpc::context::with_timeout(i64::try_from(AGENT_BOUND.as_nanos()).unwrap_or(i64::MAX))
+/// For calls that are answered within [`Running::bound`].
+pub(crate) fn bounded(bound: Duration) -> ttrpc::context::Context {
+    ttrpc::context::with_timeout(i64::try_from(bound.as_nanos()).unwrap_or(i64::MAX))
+}
+
+/// An accelerator that nobody has written down is no reason to wait longer.
+fn bound(accel: Option<&str>) -> Duration {
+    if accel == Some("tcg") { Accel::Tcg.scale(AGENT_BOUND) } else { AGENT_BOUND }
 }
 
 /// No bound: for calls that wait for the container.
@@ -166,6 +180,15 @@ mod tests {
         assert_eq!(id("nothing").unwrap(), None);
         assert!(id("pod").unwrap_err().to_string().contains("containerd"));
         assert!(all[1].is_alive() && !all[0].is_alive());
+    }
+
+    #[test]
+    fn who_is_slow_gets_more_time() {
+        for (accel, longer) in
+            [(Some("tcg"), true), (Some("kvm"), false), (Some("none"), false), (None, false)]
+        {
+            assert_eq!(bound(accel) > AGENT_BOUND, longer, "{accel:?}");
+        }
     }
 
     #[test]

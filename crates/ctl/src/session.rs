@@ -24,10 +24,12 @@ use bulkhead_sandbox::{
 use tokio::{sync::watch, task::JoinHandle};
 
 use crate::{
+    acceleration,
     archive::{Execution, Image},
     conversation::{self, End},
     failure,
     inroot::Root,
+    lookup,
     rundir::RunDir,
     running,
     signals::Signals,
@@ -38,7 +40,8 @@ use crate::{
     volume::Volume,
 };
 
-/// The guest's own figures are a courtesy; a guest that does not answer must not hold up the end.
+/// The guest's own figures are a courtesy; a guest that does not answer must not hold up the end. On hardware
+/// virtualization.
 const FIGURES_BOUND: Duration = Duration::from_secs(5);
 
 /// Everything known before the boot.
@@ -63,6 +66,23 @@ pub(crate) struct Plan {
     pub(crate) rootfs: PathBuf,
 }
 
+impl Plan {
+    /// Fails when the command is certainly not in the root file system, which is there.
+    pub(crate) fn find_command(&self) -> Result<()> {
+        let command = spec::command(&self.execution, &self.overrides.command)?;
+        // Nobody knows what a volume brings.
+        let ([name, ..], true) = (command.as_slice(), self.volumes.is_empty()) else { return Ok(()) };
+        let search = spec::search_path(&self.execution, &self.overrides);
+        let cwd = spec::working_dir(&self.execution, &self.overrides);
+        let found = lookup::check(&self.root()?, name, &search, cwd);
+        found.with_context(|| format!("run container {}", self.name))
+    }
+
+    fn root(&self) -> Result<Root> {
+        Root::open(&self.rootfs).with_context(|| format!("root file system {}", self.rootfs.display()))
+    }
+}
+
 /// Runs the plan; returns the exit code.
 pub(crate) async fn run(
     plan: &Plan,
@@ -78,8 +98,8 @@ pub(crate) async fn run(
     announce(plan, sandbox.accel());
     let end = contain(plan, &sandbox, signals, timing).await;
     if figures && plan.config.hypervisor == Hypervisor::Qemu {
-        timing.guest =
-            tokio::time::timeout(FIGURES_BOUND, sandbox.guest_timings()).await.ok().and_then(Result::ok);
+        let bound = sandbox.accel().scale(FIGURES_BOUND);
+        timing.guest = tokio::time::timeout(bound, sandbox.guest_timings()).await.ok().and_then(Result::ok);
     }
     let stopping = Instant::now();
     let stopped = sandbox.stop().await;
@@ -92,8 +112,9 @@ pub(crate) async fn run(
     end
 }
 
-/// Boots and unpacks side by side. The inner error is the signal that came in between.
+/// Boots and unpacks side by side; an image without the command ends the boot. The inner error is the signal that came in between.
 async fn prepare(plan: &Plan, signals: &mut Signals) -> Result<Result<Arc<Sandbox>, i32>> {
+    acceleration::announce_probe(&plan.config);
     let stop = Arc::new(AtomicBool::new(false));
     let mut unpacking = unpack(plan, &stop);
     let mut unpacked = false;
@@ -103,7 +124,8 @@ async fn prepare(plan: &Plan, signals: &mut Signals) -> Result<Result<Arc<Sandbo
         let fill = async {
             let done = (&mut unpacking).await;
             unpacked = true;
-            done.context("unpack the image")?
+            done.context("unpack the image")??;
+            plan.find_command()
         };
         tokio::select! {
             both = async { tokio::try_join!(boot, fill) } => both.map(|(sandbox, ())| Ok(sandbox)),
@@ -207,9 +229,7 @@ fn stdio(
 }
 
 async fn create(plan: &Plan, sandbox: &Sandbox, stdio: Stdio) -> Result<Arc<Container>> {
-    let root =
-        Root::open(&plan.rootfs).with_context(|| format!("root file system {}", plan.rootfs.display()))?;
-    let user = user::resolve(&root, plan.user.as_deref().unwrap_or(&plan.execution.user))?;
+    let user = user::resolve(&plan.root()?, plan.user.as_deref().unwrap_or(&plan.execution.user))?;
     let spec = spec::container(&spec::Container {
         hostname: &plan.id,
         rootfs: &plan.rootfs,

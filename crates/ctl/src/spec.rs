@@ -16,7 +16,8 @@ use crate::{
     volume::Volume,
 };
 
-const PATH: &str = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+/// The executor's default too, for an environment that has none.
+const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
 const CAPABILITIES: [&str; 14] = [
     "CAP_CHOWN",
@@ -88,6 +89,23 @@ pub(crate) fn command(execution: &Execution, command: &[String]) -> Result<Vec<S
     Ok(args)
 }
 
+/// Where the command runs.
+pub(crate) fn working_dir<'a>(execution: &'a Execution, overrides: &'a Overrides) -> &'a str {
+    match overrides.cwd.as_deref() {
+        Some(cwd) => cwd,
+        None if execution.working_dir.is_empty() => "/",
+        None => &execution.working_dir,
+    }
+}
+
+/// Where a command that is a bare name is looked for.
+pub(crate) fn search_path(execution: &Execution, overrides: &Overrides) -> String {
+    let mut env = Vec::new();
+    merge(&mut env, &execution.env);
+    merge(&mut env, &overrides.env);
+    env.iter().find_map(|setting| setting.strip_prefix("PATH=")).unwrap_or(PATH).to_owned()
+}
+
 /// The OCI configuration of a container.
 pub(crate) fn container(from: &Container<'_>) -> Result<oci::Spec> {
     // The sandbox takes out what the VM stands for; a namespace that is left is made anew.
@@ -110,11 +128,7 @@ pub(crate) fn container(from: &Container<'_>) -> Result<oci::Spec> {
 
 fn process(from: &Container<'_>) -> Result<serde_json::Value> {
     let (user, overrides) = (from.user, from.overrides);
-    let cwd = match overrides.cwd.as_deref() {
-        Some(cwd) => cwd,
-        None if from.execution.working_dir.is_empty() => "/",
-        None => &from.execution.working_dir,
-    };
+    let cwd = working_dir(from.execution, overrides);
     ensure!(cwd.starts_with('/'), "the working directory {cwd:?} must be absolute");
     // As execve leaves them: who is not root starts with none, but can get them from a set-id program.
     let held: &[&str] = if user.uid == 0 { &CAPABILITIES } else { &[] };
@@ -134,7 +148,7 @@ fn process(from: &Container<'_>) -> Result<serde_json::Value> {
 }
 
 fn environment(from: &Container<'_>) -> Vec<String> {
-    let mut env = vec![PATH.to_owned(), format!("HOSTNAME={}", from.hostname)];
+    let mut env = vec![format!("PATH={PATH}"), format!("HOSTNAME={}", from.hostname)];
     if from.overrides.terminal {
         env.push("TERM=xterm".to_owned());
     }

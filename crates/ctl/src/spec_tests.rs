@@ -76,6 +76,15 @@ fn the_command_line_wins() {
 }
 
 #[test]
+fn commands_are_looked_for_where_the_process_will_look() {
+    let with = |env: &[&str]| Overrides { env: texts(env), ..Overrides::default() };
+    assert_eq!(search_path(&image(), &with(&["A=2"])), "/image/bin");
+    assert_eq!(search_path(&image(), &with(&["PATH=/a", "PATH=/b:/c"])), "/b:/c");
+    assert_eq!(search_path(&image(), &with(&["PATH="])), "");
+    assert!(search_path(&Execution::default(), &with(&[])).ends_with(":/sbin:/bin"));
+}
+
+#[test]
 fn only_root_starts_with_capabilities() {
     for (uid, held) in [(0, 14), (1000, 0)] {
         let spec =

@@ -4,9 +4,15 @@
 
 mod fixture;
 
-use std::{fs, io::Write as _};
+use std::{
+    fs,
+    io::Write as _,
+    os::unix::fs::PermissionsExt as _,
+    time::{Duration, Instant},
+};
 
 use fixture::{Place, is_root};
+use sha2::{Digest as _, Sha256};
 
 /// No hypervisor that could be started.
 fn place() -> Place {
@@ -82,7 +88,8 @@ fn without_a_hypervisor_nothing_starts_and_check_says_why() {
         return;
     }
     let place = place();
-    let outcome = place.run(&["run", "--rootfs", "rootfs", "--", "x"]);
+    fs::write(place.path("rootfs/x"), "").unwrap();
+    let outcome = place.run(&["run", "--rootfs", "rootfs", "--", "/x"]);
     outcome.fails(125, &["start the sandbox", "/no/"]);
     let check = place.run(&["check"]);
     assert_eq!(check.code, 1, "{check:?}");
@@ -92,6 +99,71 @@ fn without_a_hypervisor_nothing_starts_and_check_says_why() {
     let json = place.run(&["check", "--json"]);
     let report: serde_json::Value = serde_json::from_str(&json.stdout).unwrap();
     assert_eq!((report["usable"].as_bool(), json.code), (Some(false), 1));
+    place.is_clean();
+}
+
+#[test]
+fn a_command_that_is_not_there_is_missed_before_any_hypervisor_is() {
+    if !is_root("a_command_that_is_not_there_is_missed_before_any_hypervisor_is") {
+        return;
+    }
+    let place = place();
+    fs::create_dir_all(place.path("rootfs/opt/bin")).unwrap();
+    fs::write(place.path("rootfs/opt/bin/tool"), "").unwrap();
+    let run = |options: &[&str], command: &str| {
+        place.run(&[&["run", "--rootfs", "rootfs"], options, &["--", command]].concat())
+    };
+    run(&[], "tool").fails(127, &["exec: \"tool\": executable file not found in $PATH"]);
+    run(&[], "/no/such").fails(127, &["exec: \"/no/such\": stat /no/such: no such file or directory"]);
+    run(&["-w", "/opt"], "./tool").fails(127, &["exec: \"./tool\": stat ./tool: no such file or directory"]);
+    // What is there, or may be, gets as far as to the hypervisor.
+    run(&["-e", "PATH=/opt/bin"], "tool").fails(125, &["start the sandbox", "/no/qemu"]);
+    run(&["-w", "/opt"], "bin/tool").fails(125, &["start the sandbox"]);
+    run(&[], "/proc/self/exe").fails(125, &["start the sandbox"]);
+    run(&["-v", "/tmp:/mnt"], "/mnt/tool").fails(125, &["start the sandbox"]);
+    place.is_clean();
+}
+
+/// An image with one layer that has one directory, as `docker save` would write it.
+fn image(place: &Place, name: &str) {
+    let mut layer = tar::Builder::new(Vec::new());
+    layer.append_dir("opt", place.path("rootfs")).unwrap();
+    let layer = layer.into_inner().unwrap();
+    let digest: String = Sha256::digest(&layer).iter().map(|byte| format!("{byte:02x}")).collect();
+    let config = serde_json::json!({"rootfs": {"type": "layers", "diff_ids": [format!("sha256:{digest}")]}});
+    let manifest = serde_json::json!([{"Config": "config.json", "Layers": ["layer.tar"]}]);
+    let mut archive = tar::Builder::new(fs::File::create(place.path(name)).unwrap());
+    let (config, manifest) = (config.to_string().into_bytes(), manifest.to_string().into_bytes());
+    for (name, bytes) in [("manifest.json", manifest), ("config.json", config), ("layer.tar", layer)] {
+        let mut header = tar::Header::new_gnu();
+        header.set_size(bytes.len() as u64);
+        header.set_mode(0o644);
+        archive.append_data(&mut header, name, bytes.as_slice()).unwrap();
+    }
+    archive.into_inner().unwrap().flush().unwrap();
+}
+
+#[test]
+fn an_image_without_the_command_ends_the_boot() {
+    if !is_root("an_image_without_the_command_ends_the_boot") {
+        return;
+    }
+    // An agent that never answers: whoever waits for it waits long.
+    let place = Place::new("", "");
+    fs::write(place.path("silent"), "#!/bin/sh\nexec sleep 60\n").unwrap();
+    fs::set_permissions(place.path("silent"), fs::Permissions::from_mode(0o755)).unwrap();
+    let at = place.dir.path().display();
+    let text = format!(
+        "[hypervisor.local]\nagent = \"{at}/silent\"\n[runtime]\nhypervisor_name = \"local\"\n\
+         state_root = \"{at}/state\"\ncache_dir = \"{at}/cache\"\n"
+    );
+    fs::write(place.path("configuration.toml"), text).unwrap();
+    fs::create_dir(place.path("rootfs")).unwrap();
+    image(&place, "image.tar");
+    let begun = Instant::now();
+    let outcome = place.run(&["run", "image.tar", "--", "tool"]);
+    outcome.fails(127, &["exec: \"tool\": executable file not found in $PATH"]);
+    assert!(begun.elapsed() < Duration::from_secs(10), "it waited for the agent");
     place.is_clean();
 }
 

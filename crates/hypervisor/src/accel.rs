@@ -8,9 +8,11 @@ use std::{
     fs::{self, File, OpenOptions},
     io::{self, Write},
     os::unix::fs::MetadataExt,
-    path::Path,
+    path::{Path, PathBuf},
     time::Duration,
 };
+
+use rustix::fs::Access;
 
 use crate::{
     Error, VmConfig,
@@ -70,6 +72,29 @@ pub struct AccelQuery<'a> {
     pub cache_dir: &'a Path,
 }
 
+impl AccelQuery<'_> {
+    /// Whether [`resolve_accel`] would boot a guest now to find out, for those who want to say so first. Reads the cache
+    /// and opens nothing else.
+    pub fn would_probe(&self) -> bool {
+        self.policy == AccelPolicy::Auto
+            && rustix::fs::access("/dev/kvm", Access::READ_OK | Access::WRITE_OK).is_ok()
+            && self.is_unanswered()
+    }
+
+    /// Whether a guest could be booted, and no earlier one has told.
+    fn is_unanswered(&self) -> bool {
+        qemu::find_program(self.vmm).is_some()
+            && self.kernel.is_file()
+            && self.initramfs.is_file()
+            && !read_cache(&self.cache()).contains_key(&key(self))
+    }
+
+    /// The file of remembered outcomes.
+    fn cache(&self) -> PathBuf {
+        self.cache_dir.join("accel.json")
+    }
+}
+
 impl<'a> From<&'a VmConfig> for AccelQuery<'a> {
     fn from(config: &'a VmConfig) -> Self {
         AccelQuery {
@@ -120,7 +145,7 @@ pub async fn resolve_accel(query: &AccelQuery<'_>) -> Result<Verdict, Error> {
 /// The outcome for this combination, from the cache or from a probe that goes into the cache.
 async fn remembered_or_probed(query: &AccelQuery<'_>) -> Result<Verdict, Error> {
     let key = key(query);
-    let cache = query.cache_dir.join("accel.json");
+    let cache = query.cache();
     if let Some(verdict) = read_cache(&cache).remove(&key) {
         return Ok(verdict);
     }
@@ -263,6 +288,32 @@ mod tests {
         assert_ne!(key(&AccelQuery { machine: "pc", ..query }), one);
         fs::write(&kernel, "other").unwrap();
         assert_ne!(key(&query), one);
+    }
+
+    #[test]
+    fn a_probe_is_foreseen_until_its_outcome_is_remembered() {
+        let dir = tempfile::tempdir().unwrap();
+        let kernel = dir.path().join("kernel");
+        let query = AccelQuery {
+            policy: AccelPolicy::Auto,
+            vmm: Path::new("sh"),
+            kernel: &kernel,
+            initramfs: &kernel,
+            machine: "q35",
+            cache_dir: dir.path(),
+        };
+        assert!(!query.is_unanswered(), "without a kernel nothing boots");
+        fs::write(&kernel, "one").unwrap();
+        assert!(!AccelQuery { vmm: Path::new("/no/qemu"), ..query }.is_unanswered());
+        assert!(query.is_unanswered());
+        let kvm = OpenOptions::new().read(true).write(true).open("/dev/kvm").is_ok();
+        assert_eq!(query.would_probe(), kvm);
+        for policy in [AccelPolicy::Kvm, AccelPolicy::Tcg] {
+            assert!(!AccelQuery { policy, ..query }.would_probe());
+        }
+        remember(&query.cache(), key(&query), &Verdict::known(Accel::Tcg, "it hangs")).unwrap();
+        assert!(!query.is_unanswered() && !query.would_probe());
+        assert!(AccelQuery { machine: "pc", ..query }.is_unanswered());
     }
 
     #[tokio::test]

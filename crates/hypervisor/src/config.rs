@@ -62,6 +62,8 @@ pub struct VmConfig {
     pub share: Option<Share>,
     /// Where the outcome of the KVM probe is remembered (`/var/cache/bulkhead` by default).
     pub cache_dir: PathBuf,
+    /// The virtual CPUs stand still until `Vm::resume`.
+    pub paused: bool,
     /// A network namespace the VMM is started in (path), or the caller's.
     pub netns: Option<PathBuf>,
 }

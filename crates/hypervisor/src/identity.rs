@@ -11,8 +11,9 @@ use rustix::thread::{Gid, Uid};
 
 use crate::Accel;
 
-/// First of 65536 user ids which systemd's registry of ids leaves unused.
+/// First of the 2^28 user ids below the signed limit, which nobody hands out.
 const FIRST_ID: u32 = 0x7000_0000;
+const ID_BITS: u64 = 0x0fff_ffff;
 
 /// A user without rights.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -33,7 +34,7 @@ impl Identity {
         }
         let mut hasher = DefaultHasher::new();
         dir.hash(&mut hasher);
-        let id = FIRST_ID + u32::try_from(hasher.finish() & 0xffff).ok()?;
+        let id = FIRST_ID + u32::try_from(hasher.finish() & ID_BITS).ok()?;
         if !fs::read_to_string("/proc/self/uid_map").is_ok_and(|map| maps(&map, id)) {
             return None;
         }

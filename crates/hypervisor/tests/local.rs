@@ -44,6 +44,7 @@ fn config(dir: &Path, script: &str, share_at: &str) -> VmConfig {
         machine: String::new(),
         share: Some(Share { tag: "share".into(), path: share }),
         cache_dir: dir.join("cache"),
+        paused: false,
         netns: None,
     }
 }

@@ -154,6 +154,20 @@ async fn a_paused_guest_stands_still() {
 }
 
 #[tokio::test]
+async fn a_guest_that_is_started_paused_waits_for_its_word() {
+    let Some(parts) = Parts::find() else { return };
+    let dir = tempfile::tempdir().unwrap();
+    let mut config = parts.config(dir.path(), "echo I was let go; /busybox sleep 1000");
+    config.paused = true;
+    let vm = boot(config).await.unwrap();
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    assert_eq!(vm.last_words(), "", "no instruction was executed");
+    vm.resume().await.unwrap();
+    console_shows(&*vm, "I was let go").await;
+    vm.stop(Duration::ZERO).await.unwrap();
+}
+
+#[tokio::test]
 async fn a_kernel_panic_ends_the_vm_with_its_words() {
     let Some(parts) = Parts::find() else { return };
     let dir = tempfile::tempdir().unwrap();

@@ -66,5 +66,10 @@ generated!(
     health_ttrpc
 );
 
+generated!(
+    /// The confidential data hub's services and clients.
+    confidential_data_hub_ttrpc
+);
+
 pub use protobuf;
 pub use protobuf::well_known_types::empty::Empty;

@@ -60,10 +60,17 @@ impl Kind {
     }
 }
 
-/// The text of a failed call without the library's wrapping.
+/// How much of a peer's text is passed on, in characters.
+const MESSAGE_LIMIT: usize = 4096;
+
+/// The text of a failed call without the library's wrapping. The peer may be hostile: control characters, which a terminal
+/// would obey, become spaces (a newline stays), and an endless text is cut.
 pub fn message(error: &ttrpc::Error) -> String {
+    let harmless = |c: char| if c.is_control() && c != '\n' { ' ' } else { c };
     match error {
-        ttrpc::Error::RpcStatus(status) => status.message().to_owned(),
+        ttrpc::Error::RpcStatus(status) => {
+            status.message().chars().take(MESSAGE_LIMIT).map(harmless).collect()
+        }
         other => other.to_string(),
     }
 }
@@ -71,6 +78,13 @@ pub fn message(error: &ttrpc::Error) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_hostile_text_is_made_harmless() {
+        let text = format!("exec: \u{1b}]0;title\u{7}\n{}", "x".repeat(1 << 20));
+        let message = message(&Kind::Internal.status(text));
+        assert!(message.starts_with("exec:  ]0;title \nxxx") && message.chars().count() == MESSAGE_LIMIT);
+    }
 
     #[test]
     fn kinds_survive_the_wire() {

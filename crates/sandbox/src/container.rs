@@ -326,12 +326,11 @@ impl Container {
         if self.deleting.swap(true, Ordering::AcqRel) {
             return Err(Error::WrongState(format!("container {} is being deleted already", self.id)));
         }
-        let outcome = self.remove_from_guest().await;
-        if outcome.is_err() {
-            self.deleting.store(false, Ordering::Release);
-        }
-        let exit = outcome?;
-        self.release_holdings().await?;
+        let outcome = async {
+            let exit = self.remove_from_guest().await?;
+            self.release_holdings().await.map(|()| exit)
+        };
+        let exit = outcome.await.inspect_err(|_| self.deleting.store(false, Ordering::Release))?;
         if let Some(roster) = self.roster.upgrade() {
             roster.remove(&self.id);
         }

@@ -9,7 +9,7 @@ use std::{
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
-use bulkhead_hypervisor::{self as hypervisor, Accel, Error as VmError, Kind, Share, Vm, VmConfig};
+use bulkhead_hypervisor::{self as hypervisor, Accel, Endpoint, Error as VmError, Kind, Share, Vm, VmConfig};
 use bulkhead_protocol::{agent::CreateSandboxRequest, ports};
 
 use crate::{
@@ -69,6 +69,9 @@ pub(crate) async fn launch(config: &Config, spec: SandboxSpec) -> Result<Pod, Er
     let local = matches!(config.hypervisor, Hypervisor::Local { .. });
     let share = Arc::new(ShareRoot::create(&site.directory.join("share"), local)?);
     let vm_config = vm_config(config, &spec, &site.directory, share.path());
+    // Whose it is stands there from the beginning, for whoever finds it after a crash.
+    let endpoint = Endpoint::Hybrid { path: vm_config.dir.join("vsock.sock") };
+    state_of(&spec, endpoint, std::iter::empty()).save(&site.directory)?;
     // From here on there are sockets and processes; dropping the VM ends them.
     let vm: Arc<dyn Vm> = hypervisor::boot(vm_config).await?.into();
     let vmm_spawn = begun.elapsed();
@@ -87,7 +90,9 @@ pub(crate) async fn launch(config: &Config, spec: SandboxSpec) -> Result<Pod, Er
     }
     match greet(&vm, &spec, config.dial_timeout).await {
         Ok((agent, agent_ready, sandbox_created)) => {
-            let roster = Roster::new(state_of(&spec, vm.as_ref()), site.directory.clone());
+            let pids = std::iter::once(vm.pid()).chain(vm.helper_pids());
+            let state = state_of(&spec, vm.endpoint().clone(), pids);
+            let roster = Roster::new(state, site.directory.clone());
             let roster = match roster {
                 Ok(roster) => roster,
                 Err(error) => return Err(abandon(vm, error).await),
@@ -209,6 +214,7 @@ fn vm_config(config: &Config, spec: &SandboxSpec, directory: &Path, share: &Path
         machine: config.machine.clone(),
         share: Some(Share { tag: ports::SHARE_TAG.into(), path: share.to_owned() }),
         cache_dir: config.cache_dir.clone(),
+        paused: false,
         netns: spec.netns.clone(),
     }
 }
@@ -219,14 +225,13 @@ fn vm_directory(directory: &Path) -> PathBuf {
     if usual.as_os_str().len() <= VM_PATH_MAX { usual } else { directory.join("v") }
 }
 
-fn state_of(spec: &SandboxSpec, vm: &dyn Vm) -> State {
-    let pids = std::iter::once(vm.pid()).chain(vm.helper_pids());
+fn state_of(spec: &SandboxSpec, endpoint: Endpoint, pids: impl Iterator<Item = u32>) -> State {
     State {
         version: 1,
         id: spec.id.clone(),
         owner: Owned::of(std::process::id()).unwrap_or(Owned { pid: std::process::id(), start_time: 0 }),
         processes: pids.filter_map(Owned::of).collect(),
-        endpoint: vm.endpoint().clone(),
+        endpoint,
         containers: Vec::new(),
         labels: spec.labels.clone(),
         created: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs()),

@@ -274,22 +274,33 @@ impl Process {
     }
 
     /// The output first: an agent may forget a process, and what it wrote, once its exit has been asked for. Only when
-    /// nobody takes the output is the exit asked for meanwhile, since the process may have ended long ago.
+    /// nobody takes the output is the exit asked for meanwhile, since the process may have ended long ago; and only when
+    /// nobody takes any of it then either is the exit published before the output is drained. What is left stays to be
+    /// taken until the process is deleted.
     async fn drain_and_wait(&self, guest: &Guest, ends: Ends) -> Exit {
+        let patient = ends.patient;
         let draining = self.copier.drain(guest, &self.id, self.terminal, ends.stdout, ends.stderr);
         let mut draining = std::pin::pin!(draining);
         tokio::select! {
             biased;
-            () = &mut draining => self.ask_for_exit(guest).await,
-            () = self.copier.stalled() => {
-                let asking = async {
-                    let exit = self.ask_for_exit(guest).await;
-                    self.copier.exited();
-                    exit
-                };
-                tokio::join!(asking, draining).0
-            }
+            () = &mut draining => return self.ask_for_exit(guest).await,
+            () = self.copier.stalled() => {}
         }
+        let mut asking = std::pin::pin!(self.ask_for_exit(guest));
+        let exit = tokio::select! {
+            biased;
+            exit = &mut asking => exit,
+            () = &mut draining => return asking.await,
+        };
+        self.copier.exited();
+        tokio::select! {
+            biased;
+            () = &mut draining => return exit,
+            () = self.copier.idle(), if !patient => {}
+        }
+        self.publish(exit);
+        draining.await;
+        exit
     }
 
     async fn ask_for_exit(&self, guest: &Guest) -> Exit {

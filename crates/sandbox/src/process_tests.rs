@@ -166,6 +166,32 @@ async fn output_without_a_taker_does_not_hide_the_exit_for_ever() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn who_comes_after_the_exit_was_told_still_finds_the_output() {
+    let bench = Bench::new().await;
+    let path = bench.path("out");
+    let process = init(&bench, Stdio { stdout: fifo(&path), ..Default::default() });
+    bench.agent.stdout.write(&pattern(200_000));
+    bench.agent.end(5);
+    assert_eq!(process.wait().await.code, 5);
+    assert_eq!(read_all(std::fs::File::open(&path).unwrap()).await, pattern(200_000));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_reader_of_ours_may_take_all_the_time_there_is() {
+    let bench = Bench::new().await;
+    let (reader, writer) = pipe();
+    let process = init(&bench, Stdio { stdout: StdioTarget::Fd(writer), ..Default::default() });
+    bench.agent.stdout.write(&pattern(200_000));
+    bench.agent.end(5);
+    assert!(
+        timeout(Duration::from_secs(3600), process.wait()).await.is_err(),
+        "the exit overtook the output"
+    );
+    assert_eq!(read_all(reader).await, pattern(200_000));
+    assert_eq!(process.wait().await.code, 5);
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_process_in_a_hurry_is_not_held_up_by_its_output() {
     let bench = Bench::new().await;
     let process = init(&bench, Stdio { stdout: fifo(&bench.path("out")), ..Default::default() });

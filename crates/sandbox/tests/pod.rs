@@ -312,12 +312,10 @@ async fn a_vm_that_is_killed(hypervisor: &str) {
     host.assert_clean();
 }
 
-async fn figures_and_pauses(hypervisor: &str) {
-    let Some(host) = Host::new(hypervisor) else { return };
-    if hypervisor == "local" {
-        println!("skipped: a plain process has no cgroup to read or freeze");
-        return;
-    }
+/// A plain process has no cgroup to read or freeze.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn figures_and_pauses() {
+    let Some(host) = Host::new("qemu") else { return };
     let pod = host.pod("pod7").await;
     let container = pod.create_container(host.spec("c7", &["sleep", "1000"], json!([]))).await.unwrap();
     container.start("").await.unwrap();
@@ -342,12 +340,9 @@ async fn figures_and_pauses(hypervisor: &str) {
 }
 
 /// The agent's connection goes, the VM lives: of no use to anybody, it ends.
-async fn a_connection_that_breaks(hypervisor: &str) {
-    let Some(host) = Host::new(hypervisor) else { return };
-    if hypervisor == "local" {
-        println!("skipped: a plain process has no helpers");
-        return;
-    }
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_connection_that_breaks() {
+    let Some(host) = Host::new("qemu") else { return };
     let pod = host.pod("pod8").await;
     let container = pod.create_container(host.spec("c8", &["sleep", "1000"], json!([]))).await.unwrap();
     container.start("").await.unwrap();
@@ -393,8 +388,6 @@ pods!(
     a_terminal,
     a_command_that_is_missing,
     a_vm_that_is_killed,
-    figures_and_pauses,
-    a_connection_that_breaks,
     a_pod_that_is_dropped
 );
 

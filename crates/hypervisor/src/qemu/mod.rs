@@ -71,11 +71,12 @@ pub(crate) async fn boot(config: &VmConfig) -> Result<Box<dyn Vm>, Error> {
             tail.push(format!("QEMU: {event} {data}"));
         });
         let qmp = qmp.await?;
+        let expected = if config.paused { "prelaunch" } else { "running" };
         match qmp.execute("query-status", Value::Null).await?["status"].as_str() {
-            Some("running") => Ok(qmp),
+            Some(status) if status == expected => Ok(qmp),
             status => Err(Error::Qmp {
                 command: "query-status".to_owned(),
-                reason: format!("the guest is {}, not running", status.unwrap_or("nowhere")),
+                reason: format!("the guest is {}, not {expected}", status.unwrap_or("nowhere")),
             }),
         }
     });

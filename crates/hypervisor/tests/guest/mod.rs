@@ -63,6 +63,7 @@ impl Parts {
             machine: "q35".into(),
             share: None,
             cache_dir: dir.join("cache"),
+            paused: false,
             netns: None,
         }
     }

@@ -14,9 +14,9 @@ use crate::{Error, agent::Patience, guest::Guest};
 
 /// Output that nobody takes for this long raises the question whether its process still lives.
 const STALL: Duration = Duration::from_secs(10);
-/// After the exit, a step of draining that takes longer than this is the last.
-const DRAIN: Duration = Duration::from_secs(10);
-/// The same for a process that is being deleted.
+/// After the exit, output that nobody has taken any of for this long does not hold the exit back any more.
+const IDLE: Duration = Duration::from_secs(10);
+/// For a process that is being deleted: after the exit, a step of draining that takes longer than this is the last.
 const DRAIN_IN_HURRY: Duration = Duration::from_secs(1);
 
 /// A process as the agent names it.
@@ -32,6 +32,8 @@ struct Phase {
     stalled: bool,
     hurried: bool,
     exited: bool,
+    /// Counts what was delivered while it mattered.
+    progress: u64,
 }
 
 /// Which of the two outputs.
@@ -74,7 +76,7 @@ impl Copier {
         let _ = self.phase.subscribe().wait_for(|phase| phase.stalled || phase.hurried).await;
     }
 
-    /// The process has ended: what is still to be copied has to move on.
+    /// The process has ended.
     pub(crate) fn exited(&self) {
         self.phase.send_modify(|phase| phase.exited = true);
     }
@@ -158,7 +160,13 @@ impl Copier {
                 () = self.grow_suspicious() => return false,
             };
             match written {
-                Ok(count) => data = &data[count..],
+                Ok(count) => {
+                    data = &data[count..];
+                    self.phase.send_if_modified(|phase| {
+                        phase.progress += u64::from(phase.stalled);
+                        phase.stalled
+                    });
+                }
                 Err(error) => {
                     tracing::debug!("an output stream's reader is gone: {error}");
                     *end = None;
@@ -177,16 +185,19 @@ impl Copier {
         std::future::pending().await
     }
 
-    /// Resolves when a step has taken too long after the exit.
+    /// Resolves when the process has ended and for a while nobody has taken any of its output.
+    pub(crate) async fn idle(&self) {
+        let mut phase = self.phase.subscribe();
+        if phase.wait_for(|phase| phase.exited).await.is_ok() {
+            while let Ok(Ok(())) = tokio::time::timeout(IDLE, phase.changed()).await {}
+        }
+    }
+
+    /// Resolves when a step has taken too long for a process that has ended and is being deleted.
     async fn overdue(&self) {
         let mut phase = self.phase.subscribe();
-        loop {
-            let Ok(now) = phase.wait_for(|phase| phase.exited).await.map(|phase| *phase) else { return };
-            let bound = if now.hurried { DRAIN_IN_HURRY } else { DRAIN };
-            tokio::select! {
-                () = tokio::time::sleep(bound) => return,
-                changed = phase.changed() => if changed.is_err() { return },
-            }
+        if phase.wait_for(|phase| phase.exited && phase.hurried).await.is_ok() {
+            tokio::time::sleep(DRAIN_IN_HURRY).await;
         }
     }
 }

@@ -37,12 +37,16 @@ pub(crate) struct Ends {
     pub(crate) stderr: Option<HostEnd>,
     /// Read ends of output fifos, to be kept until the process is deleted.
     pub(crate) kept: Vec<OwnedFd>,
+    /// The output goes to a descriptor of ours, whose reader may take all the time there is: a pager, say.
+    pub(crate) patient: bool,
 }
 
 impl Ends {
     /// Opens what the streams name. To be called inside the runtime.
     pub(crate) fn open(stdio: Stdio) -> Result<Ends, Error> {
-        let mut ends = Ends { stdin: input(stdio.stdin)?, ..Default::default() };
+        let patient =
+            [&stdio.stdout, &stdio.stderr].iter().any(|target| matches!(target, StdioTarget::Fd(_)));
+        let mut ends = Ends { stdin: input(stdio.stdin)?, patient, ..Default::default() };
         ends.stdout = output(stdio.stdout, &mut ends.kept)?;
         if !stdio.terminal {
             ends.stderr = output(stdio.stderr, &mut ends.kept)?;
