@@ -172,9 +172,10 @@ fn pause_and_resume(scratch: &Scratch) -> anyhow::Result<()> {
 
 fn metrics_are_exact(scratch: &Scratch) -> anyhow::Result<()> {
     let containerd = with(scratch)?;
-    let script = "dd if=/dev/zero of=/dev/null bs=1M count=50 2>/dev/null; exec sleep 1000";
     let options = ["-d", "--null-io", "--memory-limit", "134217728"];
-    ctr_run(&containerd, &options, "box", &["/bin/sh", "-c", script])?.expect(0)?;
+    ctr_run(&containerd, &options, "box", &["sleep", "1000"])?.expect(0)?;
+    let work = ["dd", "if=/dev/zero", "of=/dev/null", "bs=1M", "count=50"];
+    containerd.ctr(&[&["task", "exec", "--exec-id", "work", "box"], &work[..]].concat())?.expect(0)?;
     let json = containerd.ctr(&["task", "metrics", "--format", "json", "box"])?.expect(0)?;
     let metrics: serde_json::Value = serde_json::from_str(&json.text())?;
     let number = |pointer: &str| metrics.pointer(pointer).and_then(serde_json::Value::as_f64);
