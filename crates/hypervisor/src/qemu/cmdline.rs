@@ -24,6 +24,8 @@ pub(super) struct Guest<'a> {
     pub initramfs: RawFd,
     /// The kernel's command line.
     pub append: &'a str,
+    /// The virtual CPUs wait for `cont`.
+    pub paused: bool,
 }
 
 /// What is plugged into it.
@@ -93,6 +95,9 @@ pub(super) fn arguments(guest: &Guest, devices: &Devices) -> Vec<String> {
         option("-device", format!("vhost-user-fs-pci,chardev=fs,tag={},queue-size=1024", escaped(tag)));
     }
     args.extend(["-nodefaults", "-no-user-config", "-no-reboot"].map(str::to_owned));
+    if guest.paused {
+        args.push("-S".to_owned());
+    }
     args
 }
 
@@ -151,6 +156,7 @@ mod tests {
             kernel: 10,
             initramfs: 11,
             append: "quiet",
+            paused: false,
         }
     }
 
@@ -188,6 +194,15 @@ mod tests {
         let args = arguments(&kvm, &Devices::default());
         assert!(has(&args, "-machine", "microvm,pcie=on,accel=kvm,memory-backend=mem"), "{args:?}");
         assert!(has(&args, "-cpu", "host"));
+    }
+
+    #[test]
+    fn a_paused_guest_is_told_so() {
+        let stands = |paused| {
+            let guest = Guest { paused, ..guest(Accel::Tcg) };
+            arguments(&guest, &Devices::default()).iter().any(|arg| arg == "-S")
+        };
+        assert!(stands(true) && !stands(false));
     }
 
     #[test]

@@ -66,6 +66,7 @@ impl Files {
             kernel: self.kernel.as_raw_fd(),
             initramfs: self.initramfs.as_raw_fd(),
             append,
+            paused: config.paused,
         };
         self.with(&guest, devices, Identity::unprivileged(&config.dir, accel))
     }
@@ -120,6 +121,7 @@ pub(crate) async fn probe(query: &AccelQuery<'_>, accel: Accel, bound: Duration)
         kernel: files.kernel.as_raw_fd(),
         initramfs: files.initramfs.as_raw_fd(),
         append: &append,
+        paused: false,
     };
     let identity = Identity::unprivileged(query.kernel, accel);
     let (child, output) = files.with(&guest, &Devices::default(), identity)?.spawn().await?;
