@@ -189,9 +189,9 @@ mod tests {
     #[test]
     fn a_working_directory_that_is_missing_will_be_made() {
         let (_dir, root) = tree();
-        assert_eq!(words(&root, "/work/sub", "", "/work/sub/dir"), "");
-        assert_ne!(words(&root, "/work/sub/x", "", "/work/sub/dir"), "");
-        assert_ne!(words(&root, "./x", "", "/work"), "");
+        assert_eq!(words(&root, "/data/sub", "", "/data/sub/dir"), "");
+        assert_ne!(words(&root, "/data/sub/x", "", "/data/sub/dir"), "");
+        assert_ne!(words(&root, "./x", "", "/data"), "");
         assert_eq!(words(&root, "./x", "", "not/absolute"), "");
     }
 }
