@@ -288,6 +288,12 @@ fn exec_ps_and_kill_find_the_container(scratch: &Scratch) -> anyhow::Result<()> 
     ensure!(done.text() == "inside\nsleep", "{done:?}");
     let done = cli.run_with_input(&["exec", "-i", "box", "--", "cat"], b"through")?.expect(0)?;
     ensure!(done.text() == "through", "{done:?}");
+    let mut terminal = Terminal::start(cli.command(&["exec", "-i", "-t", "box", "--", "/bin/sh"]), 25, 90)?;
+    terminal.wait_for("# ")?;
+    terminal.send("stty size\r")?;
+    terminal.wait_for("25 90")?;
+    terminal.send("exit 2\r")?;
+    terminal.finish()?.expect(2)?;
     cli.run(&["exec", "box", "--", "nonesuch"])?
         .expect(127)?
         .expect_error("executable file not found in $PATH")?;
