@@ -68,7 +68,15 @@ impl Files {
             append,
             paused: config.paused,
         };
-        self.with(&guest, devices, Identity::unprivileged(&config.dir, accel))
+        let identity = Identity::unprivileged(&config.dir, accel);
+        if identity.is_none() {
+            tracing::warn!(
+                "QEMU of {} has this process' own rights: a user of its own takes root, mapped user ids, and a /dev/kvm \
+                 that is not root's alone",
+                config.id
+            );
+        }
+        self.with(&guest, devices, identity)
     }
 
     fn with(self, guest: &Guest, devices: &Devices, identity: Option<Identity>) -> Result<Program, Error> {
