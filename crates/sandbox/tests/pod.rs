@@ -211,7 +211,7 @@ async fn execs_and_mounts(hypervisor: &str) {
     fs::create_dir(&data).unwrap();
     fs::write(data.join("file"), "from the host").unwrap();
     let pod = host.pod("pod2").await;
-    let spec = host.spec("c2", &["sleep", "1000"], json!([
+    let spec = host.spec("c2", &["sleep", "300"], json!([
         {"destination": "/rw", "type": "bind", "source": data, "options": ["rbind", "rw"]},
         {"destination": "/ro", "type": "bind", "source": data, "options": ["rbind", "ro"]},
         {"destination": "/etc/one", "type": "bind", "source": data.join("file"), "options": ["bind", "ro"]},
@@ -297,7 +297,7 @@ async fn a_command_that_is_missing(hypervisor: &str) {
 async fn a_vm_that_is_killed(hypervisor: &str) {
     let Some(host) = Host::new(hypervisor) else { return };
     let pod = host.pod("pod4").await;
-    let container = pod.create_container(host.spec("c4", &["sleep", "1000"], json!([]))).await.unwrap();
+    let container = pod.create_container(host.spec("c4", &["sleep", "300"], json!([]))).await.unwrap();
     container.start("").await.unwrap();
     let begun = Instant::now();
     let pid = nix::unistd::Pid::from_raw(i32::try_from(pod.vm_pid()).unwrap());
@@ -317,7 +317,7 @@ async fn a_vm_that_is_killed(hypervisor: &str) {
 async fn figures_and_pauses() {
     let Some(host) = Host::new("qemu") else { return };
     let pod = host.pod("pod7").await;
-    let container = pod.create_container(host.spec("c7", &["sleep", "1000"], json!([]))).await.unwrap();
+    let container = pod.create_container(host.spec("c7", &["sleep", "300"], json!([]))).await.unwrap();
     container.start("").await.unwrap();
     let stats = container.stats().await.unwrap();
     assert!(stats.cgroup_stats.memory_stats.usage.usage > 0, "{stats:?}");
@@ -344,7 +344,7 @@ async fn figures_and_pauses() {
 async fn a_connection_that_breaks() {
     let Some(host) = Host::new("qemu") else { return };
     let pod = host.pod("pod8").await;
-    let container = pod.create_container(host.spec("c8", &["sleep", "1000"], json!([]))).await.unwrap();
+    let container = pod.create_container(host.spec("c8", &["sleep", "300"], json!([]))).await.unwrap();
     container.start("").await.unwrap();
     let state = &list(&host.config.state_root).unwrap()[0];
     let helpers: Vec<u32> =
@@ -365,7 +365,7 @@ async fn a_connection_that_breaks() {
 async fn a_pod_that_is_dropped(hypervisor: &str) {
     let Some(host) = Host::new(hypervisor) else { return };
     let pod = host.pod("pod6").await;
-    let container = pod.create_container(host.spec("c6", &["sleep", "1000"], json!([]))).await.unwrap();
+    let container = pod.create_container(host.spec("c6", &["sleep", "300"], json!([]))).await.unwrap();
     container.start("").await.unwrap();
     let vmm = pod.vm_pid();
     drop(pod);

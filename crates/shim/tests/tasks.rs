@@ -157,7 +157,7 @@ async fn a_container_that_ends_at_once_has_its_events_in_order() {
 #[tokio::test]
 async fn further_processes_have_lives_of_their_own() {
     let Some(containerd) = containerd().await else { return };
-    let task = Task::new(&containerd, "box", &["sleep", "1000"], json!({})).await;
+    let task = Task::new(&containerd, "box", &["sleep", "300"], json!({})).await;
     task.create().await;
     let pid = task.start("").await.unwrap();
     assert_eq!(task.state().await, Status::RUNNING);
@@ -172,7 +172,7 @@ async fn further_processes_have_lives_of_their_own() {
     assert_eq!(task.delete("e1").await.unwrap(), 3);
     assert_eq!(code(task.delete("e1").await), ttrpc::Code::NOT_FOUND);
 
-    task.exec("e2", &["sleep", "1000"], "").await.unwrap();
+    task.exec("e2", &["sleep", "300"], "").await.unwrap();
     task.start("e2").await.unwrap();
     assert_eq!(code(task.delete("e2").await), ttrpc::Code::FAILED_PRECONDITION);
 
@@ -245,7 +245,7 @@ async fn every_call_has_its_answer() {
 #[tokio::test]
 async fn a_paused_container_says_so() {
     let Some(containerd) = containerd().await else { return };
-    let task = Task::new(&containerd, "box", &["sleep", "1000"], json!({})).await;
+    let task = Task::new(&containerd, "box", &["sleep", "300"], json!({})).await;
     task.create().await;
     task.start("").await.unwrap();
     let pause = PauseRequest { id: "box".into(), ..Default::default() };
@@ -289,7 +289,7 @@ async fn a_missing_command_is_told_in_known_words() {
 #[tokio::test]
 async fn a_container_can_be_killed_before_it_is_started() {
     let Some(containerd) = containerd().await else { return };
-    let task = Task::new(&containerd, "box", &["sleep", "1000"], json!({})).await;
+    let task = Task::new(&containerd, "box", &["sleep", "300"], json!({})).await;
     task.create().await;
     let (code_, killed) = tokio::join!(task.wait(""), task.kill(Signal::KILL));
     killed.unwrap();
@@ -306,11 +306,11 @@ async fn a_pod_lives_and_dies_with_its_sandbox() {
         json!({"io.kubernetes.cri.container-type": "sandbox", "io.kubernetes.cri.sandbox-id": "pod"});
     let member =
         json!({"io.kubernetes.cri.container-type": "container", "io.kubernetes.cri.sandbox-id": "pod"});
-    let pod = Task::new(&containerd, "pod", &["sleep", "1000"], sandbox).await;
+    let pod = Task::new(&containerd, "pod", &["sleep", "300"], sandbox).await;
     pod.create().await;
     let pid = pod.start("").await.unwrap();
-    let one = Task::new(&containerd, "one", &["sleep", "1000"], member.clone()).await;
-    let two = Task::new(&containerd, "two", &["sleep", "1000"], member).await;
+    let one = Task::new(&containerd, "one", &["sleep", "300"], member.clone()).await;
+    let two = Task::new(&containerd, "two", &["sleep", "300"], member).await;
     for task in [&one, &two] {
         assert_eq!(task.shim.path, pod.shim.path);
         task.create().await;
@@ -343,10 +343,10 @@ async fn a_pod_lives_and_dies_with_its_sandbox() {
 #[tokio::test]
 async fn a_killed_vm_ends_its_containers() {
     let Some(containerd) = containerd().await else { return };
-    let task = Task::new(&containerd, "box", &["sleep", "1000"], json!({})).await;
+    let task = Task::new(&containerd, "box", &["sleep", "300"], json!({})).await;
     task.create().await;
     let pid = task.start("").await.unwrap();
-    task.exec("e", &["sleep", "1000"], "").await.unwrap();
+    task.exec("e", &["sleep", "300"], "").await.unwrap();
     task.start("e").await.unwrap();
     kill_process(Pid::from_raw(i32::try_from(pid).unwrap()).unwrap(), Signal::KILL).unwrap();
     assert_eq!(task.wait("").await, 137);
@@ -364,7 +364,7 @@ async fn a_killed_vm_ends_its_containers() {
 #[tokio::test]
 async fn a_create_that_nobody_waits_for_leaves_nothing() {
     let Some(containerd) = containerd().await else { return };
-    let task = Task::new(&containerd, "box", &["sleep", "1000"], json!({})).await;
+    let task = Task::new(&containerd, "box", &["sleep", "300"], json!({})).await;
     let impatient = || ttrpc::context::with_duration(Duration::from_millis(1));
     task.shim.tasks.create(impatient(), &task.request()).await.unwrap_err();
     // What containerd does then, and it does not wait for this either.
@@ -377,7 +377,7 @@ async fn a_create_that_nobody_waits_for_leaves_nothing() {
 #[tokio::test]
 async fn delete_ends_the_vm_of_a_killed_server() {
     let Some(containerd) = containerd().await else { return };
-    let task = Task::new(&containerd, "box", &["sleep", "1000"], json!({})).await;
+    let task = Task::new(&containerd, "box", &["sleep", "300"], json!({})).await;
     task.create().await;
     let vm = Pid::from_raw(i32::try_from(task.start("").await.unwrap()).unwrap()).unwrap();
     kill_process(containerd.server_pid("box"), Signal::KILL).unwrap();
