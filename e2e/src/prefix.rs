@@ -32,9 +32,4 @@ impl Prefix {
     pub fn bin(&self) -> PathBuf {
         self.root.join("bin")
     }
-
-    /// The static guest agent.
-    pub fn agent(&self) -> PathBuf {
-        self.root.join("libexec/bulkhead/bulkhead-agent")
-    }
 }

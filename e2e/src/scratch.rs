@@ -33,11 +33,6 @@ impl Scratch {
         &self.prefix
     }
 
-    /// Where sandboxes keep their state: the default, since the case's `/run` is its own.
-    pub fn state_root(&self) -> PathBuf {
-        PathBuf::from("/run/bulkhead")
-    }
-
     /// The command line with the default configuration.
     pub fn cli(&self) -> Cli {
         Cli::new(&self.prefix)

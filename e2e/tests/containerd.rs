@@ -4,6 +4,7 @@ use std::{
     fs,
     io::{BufRead, BufReader, Write},
     process::{ExitCode, Stdio},
+    sync::mpsc::channel,
     thread,
     time::{Duration, Instant},
 };
@@ -254,9 +255,17 @@ fn events_are_complete_and_in_order(scratch: &Scratch) -> anyhow::Result<()> {
     containerd.ctr(&["task", "pause", "box"])?.expect(0)?;
     containerd.ctr(&["task", "resume", "box"])?.expect(0)?;
     remove(&containerd, "box")?;
-    thread::sleep(Duration::from_secs(1));
+    // The container's own deletion comes last: the shim has delivered everything before the task's is answered.
+    let output = BufReader::new(listener.stdout.take().context("the output is piped")?);
+    let (sender, lines) = channel();
+    thread::spawn(move || output.lines().map_while(Result::ok).try_for_each(|line| sender.send(line)));
+    let mut text = String::new();
+    while !text.contains("/containers/delete") {
+        text.push_str(&lines.recv_timeout(BOUND).with_context(|| format!("no last event:\n{text}"))?);
+        text.push('\n');
+    }
     listener.kill()?;
-    let text = Finished::try_from(listener)?.text();
+    listener.wait()?;
     let topics: Vec<&str> = text
         .lines()
         .filter_map(|line| line.split_whitespace().find(|word| word.starts_with("/tasks/")))
