@@ -1,6 +1,6 @@
 //! How the agent is told to be: the kernel's command line, the environment, the arguments.
 
-use std::{ffi::OsString, path::Path};
+use std::{ffi::OsString, path::Path, time::Duration};
 
 use bulkhead_protocol::ports;
 use tracing::Level;
@@ -18,6 +18,8 @@ pub(crate) struct Config {
     pub(crate) log_port: u32,
     /// `agent.container_pipe_size`: bytes in an output pipe; 0 for the kernel's own choice.
     pub(crate) pipe_size: usize,
+    /// `agent.hotplug_timeout`: how long a device may take to appear.
+    pub(crate) hotplug_timeout: Duration,
 }
 
 /// What the command line asks for.
@@ -36,6 +38,7 @@ impl Default for Config {
             log_level: Level::WARN,
             log_port: 0,
             pipe_size: 0,
+            hotplug_timeout: Duration::from_secs(3),
         }
     }
 }
@@ -59,6 +62,7 @@ impl Config {
                 "agent.server_addr" => self.server = value.to_owned(),
                 "agent.log" => self.log_level = level(value)?,
                 "agent.log_vport" => self.log_port = number(key, value)?,
+                "agent.hotplug_timeout" => self.hotplug_timeout = Duration::from_secs(number(key, value)?),
                 "agent.container_pipe_size" => self.pipe_size = number(key, value)?,
                 _ => {}
             }

@@ -33,6 +33,9 @@ pub(crate) enum Error {
     /// A bounded wait ran out; what it waited for goes on.
     #[error("{0}")]
     Timeout(String),
+    /// The policy does not allow it.
+    #[error("{0}")]
+    Denied(String),
     /// The executor failed. Its text stays as it is: users know the words of a missing command by heart.
     #[error(transparent)]
     Executor(#[from] bulkhead_executor::Error),
@@ -60,6 +63,7 @@ impl Error {
             Error::Exists(_) => Kind::AlreadyExists,
             Error::State(_) => Kind::FailedPrecondition,
             Error::Timeout(_) => Kind::DeadlineExceeded,
+            Error::Denied(_) => Kind::PermissionDenied,
             Error::Io { .. } => Kind::Internal,
             Error::Executor(error) => match error {
                 Executor::Invalid(_) | Executor::CommandNotFound(_) => Kind::InvalidArgument,

@@ -76,8 +76,22 @@ impl Reaper {
 impl Spawning {
     /// Asks to be told the exit of a process that was spawned under this guard; at once when it is over already.
     pub(crate) fn claim(&self, pid: i32, pidfd: BorrowedFd<'_>, on_exit: OnExit) {
-        let reaped = is_reaped(pidfd);
-        let exited = lock(&self.reaper.table).claim(pid, reaped, on_exit);
+        let exited = {
+            let mut table = lock(&self.reaper.table);
+            // Under the lock: one that is reaped after the look is handed over after the claim.
+            let reaped = is_reaped(pidfd);
+            table.claim(pid, reaped, on_exit)
+        };
+        if let Some((on_exit, code)) = exited {
+            on_exit(code);
+        }
+    }
+}
+
+impl Spawning {
+    /// As [`Spawning::claim`] for a process that is known to have been reaped.
+    pub(crate) fn claim_reaped(&self, pid: i32, on_exit: OnExit) {
+        let exited = lock(&self.reaper.table).claim(pid, true, on_exit);
         if let Some((on_exit, code)) = exited {
             on_exit(code);
         }

@@ -25,6 +25,7 @@ use crate::{
     boot::Guest,
     cmdline::Config,
     container::Container,
+    device::Devices,
     error::{Error, Result},
     namespaces::{self, Pod, Shared},
     network,
@@ -47,6 +48,8 @@ pub(crate) struct Sandbox {
     pub(crate) reaper: Arc<Reaper>,
     /// Tells of containers that lacked memory.
     pub(crate) oom: Arc<OomWatcher>,
+    /// Finds devices.
+    pub(crate) devices: Arc<Devices>,
     storages: Storages,
     state: Mutex<State>,
     /// A slot or the phase has changed.
@@ -84,6 +87,7 @@ impl Sandbox {
     pub(crate) fn new(guest: Arc<Guest>, config: Config) -> Arc<Sandbox> {
         Arc::new(Sandbox {
             guest,
+            devices: Arc::new(Devices::new(config.hotplug_timeout)),
             config,
             reaper: Arc::default(),
             oom: Arc::default(),

@@ -1,10 +1,14 @@
 //! The agent's RPCs: one line of the table each, one method in its family's file.
 
 mod container;
+mod files;
 mod health;
+mod memory;
+mod network;
 mod process;
 mod sandbox;
 mod system;
+mod volume;
 
 use std::{collections::HashMap, sync::Arc};
 
@@ -15,93 +19,100 @@ use bulkhead_protocol::{
     agent_ttrpc::{AgentService, create_agent_service},
     csi::VolumeStatsResponse,
     health_ttrpc::create_health,
+    protobuf::Message,
     types::Interface,
 };
 use ttrpc::r#async::TtrpcContext;
 
-use crate::{error::Error, metrics::Metrics, sandbox::Sandbox};
+use crate::{metrics::Metrics, policy::Policy, sandbox::Sandbox, trace::Tracer};
 
 /// What every RPC works on.
 pub(crate) struct Service {
     sandbox: Arc<Sandbox>,
     metrics: Metrics,
+    policy: Policy,
+    tracer: Tracer,
 }
 
 /// Everything the agent's server offers.
 pub(crate) fn services(sandbox: Arc<Sandbox>, metrics: Metrics) -> HashMap<String, ttrpc::r#async::Service> {
-    let mut services = create_agent_service(Arc::new(Service { sandbox, metrics }));
+    let mut services = create_agent_service(Arc::new(Service {
+        sandbox,
+        metrics,
+        policy: Policy::default(),
+        tracer: Tracer::default(),
+    }));
     services.extend(create_health(Arc::new(health::Health)));
     services
 }
 
 macro_rules! agent_service {
-    (
-        built { $($method:ident($request:ty) -> $reply:ty = $family:ident::$function:ident;)* }
-        unbuilt { $($name:literal $unbuilt:ident($unbuilt_request:ty) -> $unbuilt_reply:ty;)* }
-    ) => {
+    ($($method:ident($request:ty) -> $reply:ty = $family:ident::$function:ident;)*) => {
         #[async_trait]
         impl AgentService for Service {
-            $(async fn $method(&self, _: &TtrpcContext, request: $request) -> ttrpc::Result<$reply> {
-                Ok($family::$function(self, request).await?)
-            })*
-            $(async fn $unbuilt(&self, _: &TtrpcContext, _: $unbuilt_request) -> ttrpc::Result<$unbuilt_reply> {
-                Err(Error::Unsupported(concat!("the request ", $name).into()).into())
+            $(async fn $method(&self, context: &TtrpcContext, request: $request) -> ttrpc::Result<$reply> {
+                self.policy.check(<$request as Message>::NAME, &request)?;
+                let span = self.tracer.begin(stringify!($method), context);
+                let result = $family::$function(self, request).await;
+                if let Some(span) = span {
+                    span.end(&result);
+                }
+                Ok(result?)
             })*
         }
     };
 }
 
 agent_service! {
-    built {
-        create_sandbox(CreateSandboxRequest) -> Empty = sandbox::create;
-        destroy_sandbox(DestroySandboxRequest) -> Empty = sandbox::destroy;
-        get_oom_event(GetOOMEventRequest) -> OOMEvent = sandbox::oom_event;
+    create_sandbox(CreateSandboxRequest) -> Empty = sandbox::create;
+    destroy_sandbox(DestroySandboxRequest) -> Empty = sandbox::destroy;
+    get_oom_event(GetOOMEventRequest) -> OOMEvent = sandbox::oom_event;
 
-        create_container(CreateContainerRequest) -> Empty = container::create;
-        start_container(StartContainerRequest) -> Empty = container::start;
-        remove_container(RemoveContainerRequest) -> Empty = container::remove;
-        update_container(UpdateContainerRequest) -> Empty = container::update;
-        stats_container(StatsContainerRequest) -> StatsContainerResponse = container::stats;
-        pause_container(PauseContainerRequest) -> Empty = container::pause;
-        resume_container(ResumeContainerRequest) -> Empty = container::resume;
+    create_container(CreateContainerRequest) -> Empty = container::create;
+    start_container(StartContainerRequest) -> Empty = container::start;
+    remove_container(RemoveContainerRequest) -> Empty = container::remove;
+    update_container(UpdateContainerRequest) -> Empty = container::update;
+    stats_container(StatsContainerRequest) -> StatsContainerResponse = container::stats;
+    pause_container(PauseContainerRequest) -> Empty = container::pause;
+    resume_container(ResumeContainerRequest) -> Empty = container::resume;
 
-        exec_process(ExecProcessRequest) -> Empty = process::exec;
-        signal_process(SignalProcessRequest) -> Empty = process::signal;
-        wait_process(WaitProcessRequest) -> WaitProcessResponse = process::wait;
-        write_stdin(WriteStreamRequest) -> WriteStreamResponse = process::write_stdin;
-        close_stdin(CloseStdinRequest) -> Empty = process::close_stdin;
-        read_stdout(ReadStreamRequest) -> ReadStreamResponse = process::read_stdout;
-        read_stderr(ReadStreamRequest) -> ReadStreamResponse = process::read_stderr;
-        tty_win_resize(TtyWinResizeRequest) -> Empty = process::resize;
+    exec_process(ExecProcessRequest) -> Empty = process::exec;
+    signal_process(SignalProcessRequest) -> Empty = process::signal;
+    wait_process(WaitProcessRequest) -> WaitProcessResponse = process::wait;
+    write_stdin(WriteStreamRequest) -> WriteStreamResponse = process::write_stdin;
+    close_stdin(CloseStdinRequest) -> Empty = process::close_stdin;
+    read_stdout(ReadStreamRequest) -> ReadStreamResponse = process::read_stdout;
+    read_stderr(ReadStreamRequest) -> ReadStreamResponse = process::read_stderr;
+    tty_win_resize(TtyWinResizeRequest) -> Empty = process::resize;
 
-        get_guest_details(GuestDetailsRequest) -> GuestDetailsResponse = system::details;
-        get_metrics(GetMetricsRequest) -> agent::Metrics = system::metrics;
-        reseed_random_dev(ReseedRandomDevRequest) -> Empty = system::reseed;
-        set_guest_date_time(SetGuestDateTimeRequest) -> Empty = system::set_time;
-    }
-    unbuilt {
-        "AddARPNeighbors" add_arp_neighbors(AddARPNeighborsRequest) -> Empty;
-        "AddSwap" add_swap(AddSwapRequest) -> Empty;
-        "AddSwapPath" add_swap_path(AddSwapPathRequest) -> Empty;
-        "CopyFile" copy_file(CopyFileRequest) -> Empty;
-        "GetDiagnosticData" get_diagnostic_data(GetDiagnosticDataRequest) -> GetDiagnosticDataResponse;
-        "GetIPTables" get_ip_tables(GetIPTablesRequest) -> GetIPTablesResponse;
-        "GetVolumeStats" get_volume_stats(VolumeStatsRequest) -> VolumeStatsResponse;
-        "ListInterfaces" list_interfaces(ListInterfacesRequest) -> Interfaces;
-        "ListRoutes" list_routes(ListRoutesRequest) -> Routes;
-        "MemAgentCompactSet" mem_agent_compact_set(MemAgentCompactConfig) -> Empty;
-        "MemAgentMemcgSet" mem_agent_memcg_set(MemAgentMemcgConfig) -> Empty;
-        "MemHotplugByProbe" mem_hotplug_by_probe(MemHotplugByProbeRequest) -> Empty;
-        "OnlineCPUMem" online_cpu_mem(OnlineCPUMemRequest) -> Empty;
-        "RemoveStaleVirtiofsShareMounts"
-            remove_stale_virtiofs_share_mounts(RemoveStaleVirtiofsShareMountsRequest) -> Empty;
-        "ResizeVolume" resize_volume(ResizeVolumeRequest) -> Empty;
-        "SetIPTables" set_ip_tables(SetIPTablesRequest) -> SetIPTablesResponse;
-        "SetPolicy" set_policy(SetPolicyRequest) -> Empty;
-        "UpdateEphemeralMounts" update_ephemeral_mounts(UpdateEphemeralMountsRequest) -> Empty;
-        "UpdateInterface" update_interface(UpdateInterfaceRequest) -> Interface;
-        "UpdateRoutes" update_routes(UpdateRoutesRequest) -> Routes;
-    }
+    get_guest_details(GuestDetailsRequest) -> GuestDetailsResponse = system::details;
+    get_metrics(GetMetricsRequest) -> agent::Metrics = system::metrics;
+    reseed_random_dev(ReseedRandomDevRequest) -> Empty = system::reseed;
+    set_guest_date_time(SetGuestDateTimeRequest) -> Empty = system::set_time;
+
+    add_arp_neighbors(AddARPNeighborsRequest) -> Empty = network::add_neighbours;
+    get_ip_tables(GetIPTablesRequest) -> GetIPTablesResponse = network::ip_tables;
+    list_interfaces(ListInterfacesRequest) -> Interfaces = network::interfaces;
+    list_routes(ListRoutesRequest) -> Routes = network::routes;
+    set_ip_tables(SetIPTablesRequest) -> SetIPTablesResponse = network::set_ip_tables;
+    update_interface(UpdateInterfaceRequest) -> Interface = network::update_interface;
+    update_routes(UpdateRoutesRequest) -> Routes = network::update_routes;
+
+    add_swap(AddSwapRequest) -> Empty = memory::add_swap;
+    add_swap_path(AddSwapPathRequest) -> Empty = memory::add_swap_path;
+    mem_agent_compact_set(MemAgentCompactConfig) -> Empty = memory::reclaim_compact;
+    mem_agent_memcg_set(MemAgentMemcgConfig) -> Empty = memory::reclaim_memcg;
+    mem_hotplug_by_probe(MemHotplugByProbeRequest) -> Empty = memory::probe;
+    online_cpu_mem(OnlineCPUMemRequest) -> Empty = memory::online;
+
+    copy_file(CopyFileRequest) -> Empty = files::copy;
+    get_diagnostic_data(GetDiagnosticDataRequest) -> GetDiagnosticDataResponse = files::diagnostic_data;
+
+    get_volume_stats(VolumeStatsRequest) -> VolumeStatsResponse = volume::stats;
+    remove_stale_virtiofs_share_mounts(RemoveStaleVirtiofsShareMountsRequest) -> Empty = volume::remove_stale;
+    resize_volume(ResizeVolumeRequest) -> Empty = volume::resize;
+    update_ephemeral_mounts(UpdateEphemeralMountsRequest) -> Empty = volume::update_ephemeral;
+    set_policy(SetPolicyRequest) -> Empty = system::set_policy;
 }
 
 #[cfg(test)]

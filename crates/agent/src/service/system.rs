@@ -6,7 +6,7 @@ use bulkhead_protocol::{
     Empty,
     agent::{
         AgentDetails, GetMetricsRequest, GuestDetailsRequest, GuestDetailsResponse, Metrics,
-        ReseedRandomDevRequest, SetGuestDateTimeRequest,
+        ReseedRandomDevRequest, SetGuestDateTimeRequest, SetPolicyRequest,
     },
 };
 use rustix::time::{ClockId, Timespec};
@@ -86,8 +86,14 @@ pub(super) async fn set_time(service: &Service, request: SetGuestDateTimeRequest
     Ok(Empty::new())
 }
 
+/// Replaces the policy that requests are held against.
+pub(super) async fn set_policy(service: &Service, request: SetPolicyRequest) -> Result<Empty> {
+    service.policy.replace(&request.policy)?;
+    Ok(Empty::new())
+}
+
 /// An agent that runs as a plain process is a guest itself, and leaves its host's machine alone.
-fn own_machine(service: &Service, what: &str) -> Result<()> {
+pub(super) fn own_machine(service: &Service, what: &str) -> Result<()> {
     if service.sandbox.guest.init {
         return Ok(());
     }

@@ -1,0 +1,99 @@
+//! `bulkhead-agent`: the first program of a guest, and the server of the agent API.
+//!
+//! ```text
+//! main ─► boot (PID 1 only) ─► server ─► service/*: a file per family of requests
+//!                                            │
+//!                 reaper ◄─ process, stream ◄┴─ container ◄─ sandbox ─► storage/*, namespaces, oom
+//! ```
+//! One thread runs the requests; what blocks (the executor, mounts) runs on others.
+
+mod boot;
+mod cmdline;
+mod container;
+mod device;
+mod error;
+mod log;
+mod metrics;
+mod modules;
+mod namespaces;
+mod network;
+mod oom;
+mod policy;
+mod process;
+mod program;
+mod reaper;
+mod sandbox;
+mod server;
+mod service;
+mod stats;
+mod storage;
+mod stream;
+mod sync;
+mod sys;
+mod trace;
+
+use std::{
+    process::ExitCode,
+    sync::{Arc, OnceLock},
+    time::Duration,
+};
+
+use cmdline::{Command, Config};
+use error::{During, Result};
+
+/// The program's `main`.
+pub fn main() -> ExitCode {
+    bulkhead_executor::child_main();
+    let times = boot::Times { started: boot::uptime(), listening: Arc::new(OnceLock::new()) };
+    let init = boot::is_init();
+    let mut ended = if init { run_as_init(times) } else { run_as_process(times) };
+    if init {
+        // Also after a failure: a first program that just returned would panic the kernel, and that buries the reason.
+        report(&ended);
+        ended = boot::power_off();
+    }
+    report(&ended);
+    if ended.is_ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
+
+fn report(ended: &Result<()>) {
+    if let Err(error) = ended {
+        eprintln!("bulkhead-agent: {error}");
+    }
+}
+
+fn run_as_init(times: boot::Times) -> Result<()> {
+    let initramfs = boot::prepare()?;
+    let config = Config::of_init()?;
+    let log = log::start(config.log_level, config.log_port != 0);
+    let guest = Arc::new(boot::Guest::own());
+    let finishing = Arc::clone(&guest);
+    run(server::serve(config, guest, times, log, move || boot::finish(initramfs, finishing)))
+}
+
+fn run_as_process(times: boot::Times) -> Result<()> {
+    match Command::of_arguments()? {
+        Command::Version => {
+            println!("bulkhead-agent {}", env!("CARGO_PKG_VERSION"));
+            Ok(())
+        }
+        Command::Serve(config) => {
+            let log = log::start(config.log_level, false);
+            run(server::serve(config, Arc::new(boot::Guest::plain()), times, log, || ()))
+        }
+    }
+}
+
+fn run(server: impl Future<Output = Result<()>>) -> Result<()> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .max_blocking_threads(64)
+        // An idle agent keeps no thread but its own.
+        .thread_keep_alive(Duration::from_secs(1))
+        .build()
+        .during(|| "start the runtime".into())?;
+    let ended = runtime.block_on(server);
+    // Work that hangs in the kernel must not keep a sandbox that has ended.
+    runtime.shutdown_background();
+    ended
+}
