@@ -3,6 +3,7 @@
 mod agent;
 mod boot;
 mod containerd;
+mod plain_agent;
 mod size;
 
 use anyhow::Result;
@@ -23,6 +24,8 @@ pub(crate) struct Arguments {
 enum What {
     /// From `bulkhead run` to its first output, against the bare kernel
     Boot(boot::Arguments),
+    /// The guest agent as a plain process: size, first answer, round trip, memory, descriptors
+    Agent,
     /// Sizes of programs, memory and idle CPU time of what runs
     Size,
 }
@@ -32,9 +35,11 @@ pub(crate) fn run(workspace: &Workspace, arguments: &Arguments) -> Result<()> {
     arguments.prepare.run(workspace)?;
     match &arguments.what {
         Some(What::Boot(arguments)) => boot::run(workspace, arguments),
+        Some(What::Agent) => plain_agent::run(workspace),
         Some(What::Size) => size::run(workspace),
         None => {
             boot::run(workspace, &boot::Arguments::default())?;
+            plain_agent::run(workspace)?;
             size::run(workspace)
         }
     }

@@ -41,6 +41,11 @@ pub(crate) fn cannot_run() -> Option<&'static str> {
     (!Path::new("/bin/busybox").exists()).then_some("there is no /bin/busybox (package busybox-static)")
 }
 
+/// The agent under test: the one of this build, unless a benchmark names another.
+pub(crate) fn program() -> String {
+    std::env::var("BULKHEAD_BENCH_AGENT").unwrap_or_else(|_| env!("CARGO_BIN_EXE_bulkhead-agent").into())
+}
+
 /// The deadline of every call.
 pub(crate) fn context() -> Context {
     with_duration(PATIENCE)
@@ -55,7 +60,7 @@ impl Agent {
         let script = "mount -t tmpfs tmpfs /run && mkdir /run/kata-containers && exec \"$0\" --server \"$1\"";
         let process = Command::new("setpriv")
             .args(["--pdeathsig", "KILL", "unshare", "-m", "--propagation", "private", "sh", "-c", script])
-            .args([env!("CARGO_BIN_EXE_bulkhead-agent"), &address])
+            .args([&program(), &address])
             .spawn()
             .unwrap();
         let connection = connect(&address).await;
