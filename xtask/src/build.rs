@@ -93,7 +93,10 @@ fn host_programs(workspace: &Workspace, arguments: &Arguments) -> Result<Vec<Pat
 /// Makes cargo link statically what it builds for [`GUEST_TARGET`]: there are no libraries in the guest.
 fn statically(cargo: &mut Command) -> &mut Command {
     cargo
-        .env("CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUSTFLAGS", "-C target-feature=+crt-static")
+        .env(
+            "CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUSTFLAGS",
+            "-C target-feature=+crt-static -C link-arg=-Wl,-z,pack-relative-relocs",
+        )
         .env_remove("RUSTFLAGS")
         .env_remove("CARGO_ENCODED_RUSTFLAGS")
 }
