@@ -12,6 +12,7 @@ mod cmdline;
 mod container;
 mod device;
 mod error;
+mod hotplug;
 mod log;
 mod metrics;
 mod modules;

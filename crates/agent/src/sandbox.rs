@@ -86,8 +86,8 @@ impl Sandbox {
     /// An empty one.
     pub(crate) fn new(guest: Arc<Guest>, config: Config) -> Arc<Sandbox> {
         Arc::new(Sandbox {
+            devices: Arc::new(Devices::new(config.hotplug_timeout, guest.init)),
             guest,
-            devices: Arc::new(Devices::new(config.hotplug_timeout)),
             config,
             reaper: Arc::default(),
             oom: Arc::default(),
@@ -141,11 +141,12 @@ impl Sandbox {
         self.reserve(&id)?;
         let created = async {
             self.guest.prepared().await;
-            let spec = request
+            let mut spec = request
                 .OCI
                 .into_option()
                 .ok_or_else(|| Error::Invalid("the request has no OCI spec".into()))?;
             let shared = self.shared(request.sandbox_pidns, &id)?;
+            self.devices.plug(&id, &request.devices, &mut spec).await?;
             let storages = self.storages.add_all(request.storages, Some(&id)).await?;
             let made = self.make(&id, spec, &shared, storages.clone()).await;
             if made.is_err() {
@@ -168,6 +169,7 @@ impl Sandbox {
                 Ok(())
             }
             Err(error) => {
+                self.devices.forget(&id);
                 state.containers.remove(&id);
                 Err(error)
             }
@@ -266,6 +268,7 @@ impl Sandbox {
         let destroyed = container.destroy().await;
         if destroyed.is_ok() {
             self.storages.release_all(&container.storages).await;
+            self.devices.forget(container.id());
         }
         let mut state = lock(&self.state);
         if destroyed.is_ok() {
