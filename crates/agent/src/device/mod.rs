@@ -402,6 +402,8 @@ pub(crate) mod test_tree {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+
     use super::{test_tree::Tree, *};
 
     const SOON: Duration = Duration::ZERO;
@@ -437,27 +439,33 @@ mod tests {
         }
     }
 
-    /// The disk is made up, and so nothing tells of it; any event of its kind is the occasion to look, and the kernel
+    /// The device is made up, and so nothing tells of it; any event of its kind is the occasion to look, and the kernel
     /// repeats one on request.
     #[tokio::test]
     async fn a_wait_ends_with_the_event() {
-        let tree = Tree::new();
-        let devices = Arc::new(tree.devices(Duration::from_secs(60)));
-        let waiting = Arc::clone(&devices);
-        let wait = tokio::spawn(async move { waiting.block_by_node("/dev/vda").await });
-        let uevent = Path::new("/sys/class/block/loop0/uevent");
-        tree.disk("class/block/vda", "254:0", "vda");
-        loop {
-            if fs::write(uevent, "change").is_err() {
-                eprintln!("skipped: no device here repeats its event");
-                return;
-            }
+        let devices = Tree::new().devices(LONGEST);
+        let (looks, plugged) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicBool::new(false)));
+        let (counted, seen) = (Arc::clone(&looks), Arc::clone(&plugged));
+        let wait = tokio::spawn(async move {
+            let look = move |_: &Places| {
+                let there = seen.load(Ordering::SeqCst);
+                counted.fetch_add(1, Ordering::SeqCst);
+                Ok(if there { Look::Found(()) } else { Look::Missing(String::new()) })
+            };
+            devices.appears("it did not appear", &["block"], LONGEST, look).await
+        });
+        // The second look follows the beginning of the listening.
+        while looks.load(Ordering::SeqCst) < 2 {
             tokio::task::yield_now().await;
-            if wait.is_finished() {
-                break;
-            }
         }
-        assert_eq!(wait.await.unwrap().unwrap().major, 254);
+        plugged.store(true, Ordering::SeqCst);
+        // An event of another kind is not looked after.
+        fs::write("/sys/class/mem/null/uevent", "change").ok();
+        if fs::write("/sys/class/block/loop0/uevent", "change").is_err() {
+            eprintln!("skipped: no device here repeats its event");
+            return;
+        }
+        timeout(Duration::from_secs(60), wait).await.expect("the event was missed").unwrap().unwrap();
     }
 
     #[tokio::test]
