@@ -6,7 +6,10 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use super::{Look, Node, Places, node, only, pci::PciPath};
+use super::{
+    pci::PciPath,
+    sysfs::{Look, Node, Places, node, only},
+};
 use crate::error::{During, Error, Result};
 
 /// The whole disk of the virtio device at a PCI path.

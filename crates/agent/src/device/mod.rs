@@ -12,13 +12,14 @@ mod net;
 mod pci;
 mod request;
 mod spec;
+mod sysfs;
+#[cfg(test)]
+pub(crate) mod test_tree;
 mod uevent;
 mod vfio;
 
 use std::{
     collections::{BTreeSet, HashMap},
-    fs,
-    path::{Path, PathBuf},
     sync::{Arc, Mutex},
     time::{Duration, Instant},
 };
@@ -28,6 +29,7 @@ use tokio::time::timeout;
 
 pub(crate) use pci::PciPath;
 pub(crate) use request::types;
+pub(crate) use sysfs::{Look, Node, Places};
 
 use crate::{
     error::{During, Error, Result},
@@ -47,47 +49,6 @@ pub(crate) struct Devices {
     places: Arc<Places>,
     /// Which guest addresses a container's host addresses stand for.
     addresses: Mutex<HashMap<String, PciMap>>,
-}
-
-/// Where the kernel shows its devices.
-#[derive(Debug)]
-pub(crate) struct Places {
-    /// `/sys`.
-    pub(crate) sys: PathBuf,
-    /// `/dev`.
-    pub(crate) dev: PathBuf,
-}
-
-/// A device's file in the guest's `/dev`.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Node {
-    /// Its path.
-    pub(crate) path: PathBuf,
-    /// Its major number.
-    pub(crate) major: u32,
-    /// Its minor number.
-    pub(crate) minor: u32,
-}
-
-/// What a look at sysfs saw.
-#[derive(Debug)]
-pub(crate) enum Look<T> {
-    /// It is there.
-    Found(T),
-    /// It is not; what is, in words.
-    Missing(String),
-}
-
-impl Default for Places {
-    fn default() -> Self {
-        Places { sys: "/sys".into(), dev: "/dev".into() }
-    }
-}
-
-impl<T> Look<T> {
-    fn absent(path: &Path) -> Look<T> {
-        Look::Missing(format!("there is no {}", path.display()))
-    }
 }
 
 /// Nobody waits longer, whatever was configured.
@@ -293,115 +254,9 @@ impl Devices {
     }
 }
 
-/// The node of a device's directory, once both its number and its file are there. The kernel makes the file before it tells
-/// of the device.
-fn node(places: &Places, device: &Path) -> Result<Look<Node>> {
-    let number = device.join("dev");
-    let text = match fs::read_to_string(&number) {
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Look::absent(&number)),
-        text => text.during(|| format!("read {}", number.display()))?,
-    };
-    let numbers = text.trim().split_once(':').and_then(|(a, b)| Some((a.parse().ok()?, b.parse().ok()?)));
-    let Some((major, minor)) = numbers else {
-        return Err(Error::State(format!("{} is not a device's number: {text:?}", number.display())));
-    };
-    let path = places.dev.join(name(device));
-    if !path.exists() {
-        return Ok(Look::absent(&path));
-    }
-    Ok(Look::Found(Node { path, major, minor }))
-}
-
-/// Its name in `/dev`: what the kernel says, else that of the directory, where `!` stands for `/`.
-fn name(device: &Path) -> String {
-    let uevent = fs::read_to_string(device.join("uevent")).unwrap_or_default();
-    let told = uevent.lines().find_map(|line| line.strip_prefix("DEVNAME="));
-    let plain = || device.file_name().unwrap_or_default().to_string_lossy().replace('!', "/");
-    told.map_or_else(plain, str::to_owned)
-}
-
-/// The one entry of a directory whose name fits. None yet is no error; more than one is.
-fn only(directory: &Path, fits: impl Fn(&str) -> bool) -> Result<Option<PathBuf>> {
-    let entries = match fs::read_dir(directory) {
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
-        entries => entries.during(|| format!("list {}", directory.display()))?,
-    };
-    let mut fitting = entries.flatten().filter(|entry| entry.file_name().to_str().is_some_and(&fits));
-    let Some(first) = fitting.next() else { return Ok(None) };
-    match fitting.next() {
-        None => Ok(Some(first.path())),
-        Some(second) => Err(Error::State(format!(
-            "it could be {} or {}",
-            first.path().display(),
-            second.path().display()
-        ))),
-    }
-}
-
-#[cfg(test)]
-pub(crate) mod test_tree {
-    //! A sysfs and a `/dev` to make up.
-    use super::*;
-
-    pub(crate) struct Tree {
-        root: tempfile::TempDir,
-        places: Places,
-    }
-
-    impl Tree {
-        pub(crate) fn new() -> Tree {
-            let root = tempfile::tempdir().unwrap();
-            let places = Places { sys: root.path().join("sys"), dev: root.path().join("dev") };
-            fs::create_dir_all(&places.sys).unwrap();
-            fs::create_dir_all(&places.dev).unwrap();
-            Tree { root, places }
-        }
-
-        pub(crate) fn places(&self) -> &Places {
-            &self.places
-        }
-
-        pub(crate) fn directory(&self, path: &str) -> PathBuf {
-            let path = self.places.sys.join(path);
-            fs::create_dir_all(&path).unwrap();
-            path
-        }
-
-        pub(crate) fn sysfs(&self, path: &str, text: &str) {
-            let path = self.places.sys.join(path);
-            fs::create_dir_all(path.parent().unwrap()).unwrap();
-            fs::write(path, text).unwrap();
-        }
-
-        pub(crate) fn read(&self, path: &str) -> String {
-            fs::read_to_string(self.places.sys.join(path)).unwrap()
-        }
-
-        /// A file where a node would be: making nodes takes a privilege that nothing here needs.
-        pub(crate) fn node(&self, name: &str) {
-            let path = self.places.dev.join(name);
-            fs::create_dir_all(path.parent().unwrap()).unwrap();
-            fs::write(path, "").unwrap();
-        }
-
-        pub(crate) fn disk(&self, directory: &str, number: &str, name: &str) {
-            self.sysfs(&format!("{directory}/dev"), number);
-            self.node(name);
-        }
-
-        pub(crate) fn devices(&self, patience: Duration) -> Devices {
-            let places = Places { sys: self.places.sys.clone(), dev: self.places.dev.clone() };
-            Devices { places: Arc::new(places), ..Devices::new(patience, true) }
-        }
-
-        pub(crate) fn path(&self) -> &Path {
-            self.root.path()
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
+    use std::fs;
     use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
     use super::{test_tree::Tree, *};
@@ -544,15 +399,5 @@ mod tests {
         let device = &spec.Linux.Devices[0];
         let path = tree.path().join("dev/vfio/7");
         assert_eq!((device.Path.as_str(), device.Major, device.Minor), (path.to_str().unwrap(), 244, 3));
-    }
-
-    #[test]
-    fn a_name_with_a_slash_is_spelt_with_another_sign() {
-        let tree = Tree::new();
-        tree.disk("class/block/cciss!c0d0", "104:0", "cciss/c0d0");
-        let found = block::by_name(tree.places(), "cciss!c0d0").unwrap();
-        assert!(matches!(found, Look::Found(node) if node.path.ends_with("cciss/c0d0")));
-        tree.sysfs("class/block/vdz/dev", "garbage");
-        assert!(matches!(block::by_name(tree.places(), "vdz"), Err(Error::State(_))));
     }
 }

@@ -1,6 +1,9 @@
 //! Network interfaces by PCI path.
 
-use super::{Look, Places, only, pci::PciPath};
+use super::{
+    pci::PciPath,
+    sysfs::{Look, Places, only},
+};
 use crate::error::Result;
 
 /// The interface of the device at a PCI path: virtio's, or that of a card that was passed through.

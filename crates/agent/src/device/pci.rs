@@ -11,7 +11,7 @@ use std::{
     str::FromStr,
 };
 
-use super::Look;
+use super::sysfs::Look;
 use crate::error::{Error, Result};
 
 /// Where a function of a device is, `DDDD:BB:SS.F` in hexadecimal.

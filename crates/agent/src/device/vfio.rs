@@ -7,8 +7,8 @@ use std::{
 };
 
 use super::{
-    Look, Node, Places, node,
     pci::{Address, PciPath},
+    sysfs::{Look, Node, Places, node},
 };
 use crate::error::{During, Error, Result};
 
