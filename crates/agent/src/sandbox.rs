@@ -85,13 +85,14 @@ enum Slot {
 impl Sandbox {
     /// An empty one.
     pub(crate) fn new(guest: Arc<Guest>, config: Config) -> Arc<Sandbox> {
+        let devices = Arc::new(Devices::new(config.hotplug_timeout));
         Arc::new(Sandbox {
+            storages: Storages::new(Arc::clone(&guest), Arc::clone(&devices)),
             guest,
-            devices: Arc::new(Devices::new(config.hotplug_timeout)),
+            devices,
             config,
             reaper: Arc::default(),
             oom: Arc::default(),
-            storages: Storages::default(),
             state: Mutex::default(),
             changed: Notify::new(),
             ended: Notify::new(),

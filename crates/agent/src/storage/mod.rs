@@ -4,7 +4,9 @@
 //! container (a storage marked as shared, an emptyDir) stays until the sandbox ends, because a container that is restarted
 //! must find it as it was.
 
+mod backing;
 mod bind;
+mod block;
 mod ephemeral;
 mod local;
 mod mount;
@@ -13,26 +15,36 @@ mod virtiofs;
 
 use std::{
     collections::HashMap,
-    path::PathBuf,
+    path::{Path, PathBuf},
     sync::{Arc, Mutex},
+    time::Duration,
 };
 
 use bulkhead_protocol::agent::Storage;
 use rustix::mount::UnmountFlags;
 
 use crate::{
+    boot::Guest,
+    device::Devices,
     error::{During, Error, Result},
     sync::{blocking, lock},
 };
 
-type Driver = fn(&Storage, Option<&str>) -> Result<Mounted>;
+/// The end of the sandbox waits this long for each storage; a file system whose server is gone must not keep it.
+const FAREWELL: Duration = Duration::from_secs(10);
 
-/// The drivers by the name that a request uses, sorted. Each mounts a storage, for a container if one is named.
-const DRIVERS: [(&str, Driver); 5] = [
+/// A driver: it does its work and notes in `Mounted` each step it has done, so that a failure half way is undone as well.
+type Driver = fn(&Job, &mut Mounted) -> Result<()>;
+
+/// The drivers by the name that a request uses, sorted.
+const DRIVERS: [(&str, Driver); 8] = [
     ("bind", bind::mount),
+    ("blk", block::mount),
     ("ephemeral", ephemeral::mount),
     ("local", local::mount),
+    ("mmioblk", block::mount),
     ("overlayfs", overlay::mount),
+    ("scsi", block::mount),
     ("virtio-fs", virtiofs::mount),
 ];
 
@@ -41,9 +53,21 @@ pub(crate) fn drivers() -> Vec<String> {
     DRIVERS.iter().map(|(name, _)| (*name).to_owned()).collect()
 }
 
+/// What a driver is to do, and with what.
+struct Job {
+    storage: Storage,
+    /// The file of the device that the storage stands on, if it stands on one.
+    node: Option<PathBuf>,
+    /// The container that it is for; none if it is for the pod.
+    container: Option<String>,
+    /// Loads modules and runs programs.
+    guest: Arc<Guest>,
+}
+
 /// The storages in use, by mount point.
-#[derive(Default)]
 pub(crate) struct Storages {
+    guest: Arc<Guest>,
+    devices: Arc<Devices>,
     slots: Mutex<HashMap<String, Arc<tokio::sync::Mutex<Slot>>>>,
 }
 
@@ -51,28 +75,38 @@ pub(crate) struct Storages {
 #[derive(Default)]
 struct Slot {
     users: usize,
-    mounted: Option<Mounted>,
+    /// What was asked for, and what was done about it.
+    mounted: Option<(Storage, Mounted)>,
     /// The slot has left the table: whoever still holds it looks for a new one.
     gone: bool,
 }
 
 /// What a driver did.
+#[derive(Default)]
 struct Mounted {
-    /// How to undo it, in this order.
+    /// How to undo it, last step first.
     undo: Vec<Undo>,
     /// It stays until the sandbox ends.
     keep: bool,
 }
 
+#[derive(Debug, PartialEq)]
 enum Undo {
     Unmount(PathBuf),
     /// Only if it is empty: what somebody put there is not the agent's to delete.
     RemoveDirectory(PathBuf),
+    /// The empty file that something was bound to.
+    RemoveFile(PathBuf),
     /// A directory of the agent's own.
     RemoveTree(PathBuf),
 }
 
 impl Storages {
+    /// None yet.
+    pub(crate) fn new(guest: Arc<Guest>, devices: Arc<Devices>) -> Storages {
+        Storages { guest, devices, slots: Mutex::default() }
+    }
+
     /// Mounts what is not mounted yet and counts the rest; all or nothing. Returns the mount points, to be released.
     pub(crate) async fn add_all(
         &self,
@@ -81,40 +115,58 @@ impl Storages {
     ) -> Result<Vec<String>> {
         let mut added = Vec::new();
         for storage in storages {
-            let mount_point = storage.mount_point.clone();
-            if let Err(error) = self.add(storage, container).await {
-                self.release_all(&added).await;
-                return Err(error);
+            match self.add(storage, container).await {
+                Ok(mount_point) => added.push(mount_point),
+                Err(error) => {
+                    self.release_all(&added).await;
+                    return Err(error);
+                }
             }
-            added.push(mount_point);
         }
         Ok(added)
     }
 
-    async fn add(&self, storage: Storage, container: Option<&str>) -> Result<()> {
+    async fn add(&self, mut storage: Storage, container: Option<&str>) -> Result<String> {
         let driver = check(&storage)?;
+        storage.mount_point = mount::point(&storage.mount_point, self.guest.init)?;
+        let mount_point = storage.mount_point.clone();
         loop {
-            let slot = Arc::clone(lock(&self.slots).entry(storage.mount_point.clone()).or_default());
+            let slot = Arc::clone(lock(&self.slots).entry(mount_point.clone()).or_default());
             let mut slot = slot.lock().await;
             if slot.gone {
                 continue;
             }
-            if slot.mounted.is_none() {
-                let (wanted, container) = (storage.clone(), container.map(str::to_owned));
-                let mounted = blocking(move || driver(&wanted, container.as_deref())).await;
-                match mounted {
-                    Ok(mounted) => {
-                        slot.mounted = Some(Mounted { keep: mounted.keep || storage.shared, ..mounted })
-                    }
+            match &slot.mounted {
+                Some((present, _)) => same(present, &storage)?,
+                None => match self.mount(driver, storage.clone(), container).await {
+                    Ok(mounted) => slot.mounted = Some((storage, mounted)),
                     Err(error) => {
-                        self.forget(&storage.mount_point, &mut slot);
+                        self.forget(&mount_point, &mut slot);
                         return Err(error);
                     }
-                }
+                },
             }
             slot.users += 1;
-            return Ok(());
+            return Ok(mount_point);
         }
+    }
+
+    /// Finds the device, then has the driver do its work. A failure leaves nothing.
+    async fn mount(&self, driver: Driver, storage: Storage, container: Option<&str>) -> Result<Mounted> {
+        let node = backing::find(&self.guest, &self.devices, &storage).await?;
+        let guest = Arc::clone(&self.guest);
+        let job = Job { storage, node, container: container.map(str::to_owned), guest };
+        blocking(move || {
+            let mut mounted = Mounted { keep: job.storage.shared, ..Mounted::default() };
+            match driver(&job, &mut mounted) {
+                Ok(()) => Ok(mounted),
+                Err(error) => {
+                    mounted.undo(&job.storage.mount_point);
+                    Err(error)
+                }
+            }
+        })
+        .await
     }
 
     /// Takes back one use of each, last first.
@@ -130,7 +182,9 @@ impl Storages {
         // What is mounted below another goes first.
         mount_points.sort();
         for mount_point in mount_points.iter().rev() {
-            self.release(mount_point, true).await;
+            if tokio::time::timeout(FAREWELL, self.release(mount_point, true)).await.is_err() {
+                tracing::error!(mount_point, "storage was not released in time");
+            }
         }
     }
 
@@ -138,13 +192,16 @@ impl Storages {
         let Some(slot) = lock(&self.slots).get(mount_point).cloned() else { return };
         let mut slot = slot.lock().await;
         slot.users = slot.users.saturating_sub(1);
-        let keep = slot.mounted.as_ref().is_some_and(|mounted| mounted.keep);
+        let keep = slot.mounted.as_ref().is_some_and(|(_, mounted)| mounted.keep);
         if last || (slot.users == 0 && !keep) {
             self.forget(mount_point, &mut slot);
-            if let Some(mounted) = slot.mounted.take() {
-                let undone = blocking(move || mounted.undo()).await;
-                if let Err(error) = undone {
-                    tracing::warn!(mount_point, %error, "storage was not released cleanly");
+            if let Some((storage, mounted)) = slot.mounted.take() {
+                let undone = blocking(move || {
+                    mounted.undo(&storage.mount_point);
+                    Ok(())
+                });
+                if let Err(error) = undone.await {
+                    tracing::warn!(mount_point, %error, "storage was not released");
                 }
             }
         }
@@ -174,33 +231,70 @@ fn check(storage: &Storage) -> Result<Driver> {
     Ok(*driver)
 }
 
+/// Who finds a mount point in use gets what is there, so that must be what he asks for.
+fn same(present: &Storage, wanted: &Storage) -> Result<()> {
+    // Whether it outlives its users was settled by the first.
+    if *present == (Storage { shared: present.shared, ..wanted.clone() }) {
+        return Ok(());
+    }
+    Err(Error::State(format!(
+        "the mount point {:?} is in use by {} storage {:?} with the options {:?}; {} storage {:?} with the options {:?} needs another",
+        present.mount_point,
+        present.driver,
+        present.source,
+        present.options,
+        wanted.driver,
+        wanted.source,
+        wanted.options,
+    )))
+}
+
 impl Mounted {
-    fn undo(self) -> Result<()> {
-        let mut first = Ok(());
-        for step in self.undo {
-            let done = match &step {
-                Undo::Unmount(path) => {
-                    // Something may still hold a file open there; the mount goes with it.
-                    rustix::mount::unmount(path, UnmountFlags::NOFOLLOW | UnmountFlags::DETACH)
-                        .during(|| format!("unmount {}", path.display()))
-                }
-                Undo::RemoveDirectory(path) => match std::fs::remove_dir(path) {
-                    Err(error) if error.kind() == std::io::ErrorKind::DirectoryNotEmpty => Ok(()),
-                    removed => removed.during(|| format!("remove {}", path.display())),
-                },
-                Undo::RemoveTree(path) => {
-                    std::fs::remove_dir_all(path).during(|| format!("remove {}", path.display()))
-                }
-            };
-            first = first.and(done);
+    /// Notes a step that has been done.
+    fn did(&mut self, step: Undo) {
+        self.undo.push(step);
+    }
+
+    /// Undoes every step, also after one that fails.
+    fn undo(self, mount_point: &str) {
+        for step in self.undo.into_iter().rev() {
+            if let Err(error) = step.run() {
+                tracing::warn!(mount_point, %error, "storage was not released cleanly");
+            }
         }
-        first
+    }
+}
+
+impl Undo {
+    fn run(&self) -> Result<()> {
+        match self {
+            // Something may still hold a file open there; the mount goes with it.
+            Undo::Unmount(path) => {
+                rustix::mount::unmount(path, UnmountFlags::NOFOLLOW | UnmountFlags::DETACH)
+                    .during(|| format!("unmount {}", path.display()))
+            }
+            Undo::RemoveDirectory(path) => remove(path, std::fs::remove_dir(path)),
+            Undo::RemoveFile(path) => remove(path, std::fs::remove_file(path)),
+            Undo::RemoveTree(path) => remove(path, std::fs::remove_dir_all(path)),
+        }
+    }
+}
+
+fn remove(path: &Path, removed: std::io::Result<()>) -> Result<()> {
+    use std::io::ErrorKind::{DirectoryNotEmpty, NotFound};
+    match removed {
+        Err(error) if matches!(error.kind(), DirectoryNotEmpty | NotFound) => Ok(()),
+        removed => removed.during(|| format!("remove {}", path.display())),
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn storages() -> Storages {
+        Storages::new(Arc::new(Guest::plain()), Arc::new(Devices::new(Duration::ZERO)))
+    }
 
     fn local(mount_point: &std::path::Path) -> Storage {
         let mount_point = mount_point.to_str().unwrap().to_owned();
@@ -219,18 +313,18 @@ mod tests {
 
     #[tokio::test]
     async fn an_unknown_driver_is_named_and_leaves_nothing() {
-        let storages = Storages::default();
-        let storage = Storage { driver: "9p".into(), mount_point: "/x".into(), ..Default::default() };
+        let storages = storages();
+        let storage = Storage { driver: "floppy".into(), mount_point: "/x".into(), ..Default::default() };
         let error = storages.add_all(vec![storage], None).await.unwrap_err();
         assert!(matches!(error, Error::Unsupported(_)), "{error:?}");
-        assert!(error.to_string().contains("9p"));
+        assert!(error.to_string().contains("floppy"));
         assert!(lock(&storages.slots).is_empty());
     }
 
     #[tokio::test]
     async fn a_failure_takes_back_what_the_same_request_added() {
         let directory = tempfile::tempdir().unwrap();
-        let storages = Storages::default();
+        let storages = storages();
         let good = Storage { shared: false, ..local(&directory.path().join("a")) };
         let bad = Storage { mount_point: "relative".into(), ..good.clone() };
         assert!(storages.add_all(vec![good, bad], None).await.is_err());
@@ -244,7 +338,7 @@ mod tests {
     async fn a_kept_storage_stays_until_the_sandbox_ends() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("volume");
-        let storages = Storages::default();
+        let storages = storages();
         let added = storages.add_all(vec![local(&path)], Some("c")).await.unwrap();
         std::fs::write(path.join("data"), "x").unwrap();
         storages.release_all(&added).await;
