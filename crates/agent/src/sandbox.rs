@@ -88,10 +88,10 @@ impl Sandbox {
         let devices = Arc::new(Devices::new(config.hotplug_timeout));
         Arc::new(Sandbox {
             storages: Storages::new(Arc::clone(&guest), Arc::clone(&devices)),
+            reaper: Arc::clone(&guest.reaper),
             guest,
             devices,
             config,
-            reaper: Arc::default(),
             oom: Arc::default(),
             state: Mutex::default(),
             changed: Notify::new(),
