@@ -102,11 +102,17 @@ impl Guest {
         if !self.init || known.lines().any(|line| line.split('\t').nth(1) == Some(fstype)) {
             return Ok(());
         }
-        match fstype {
+        let loaded = match fstype {
             "9p" => self.load_hardware(&["9pnet_virtio", "9p"]),
             // The characters of its names, as the kernel is built to expect them.
             "vfat" => self.load_hardware(&["nls_cp437", "nls_ascii", "vfat"]),
             fstype => self.load_module(fstype, ""),
+        };
+        match loaded {
+            Err(Error::Invalid(_)) => Err(Error::State(format!(
+                "the guest's kernel has no file system {fstype:?} and no module for it"
+            ))),
+            loaded => loaded,
         }
     }
 

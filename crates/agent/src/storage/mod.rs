@@ -10,7 +10,10 @@ mod block;
 mod ephemeral;
 mod local;
 mod mount;
+mod multi_layer;
+mod ninep;
 mod overlay;
+mod pmem;
 mod virtiofs;
 
 use std::{
@@ -37,12 +40,15 @@ const FAREWELL: Duration = Duration::from_secs(10);
 type Driver = fn(&Job, &mut Mounted) -> Result<()>;
 
 /// The drivers by the name that a request uses, sorted.
-const DRIVERS: [(&str, Driver); 8] = [
+const DRIVERS: [(&str, Driver); 11] = [
+    ("9p", ninep::mount),
     ("bind", bind::mount),
     ("blk", block::mount),
     ("ephemeral", ephemeral::mount),
+    (multi_layer::DRIVER, multi_layer::mount),
     ("local", local::mount),
     ("mmioblk", block::mount),
+    ("nvdimm", pmem::mount),
     ("overlayfs", overlay::mount),
     ("scsi", block::mount),
     ("virtio-fs", virtiofs::mount),
@@ -53,11 +59,21 @@ pub(crate) fn drivers() -> Vec<String> {
     DRIVERS.iter().map(|(name, _)| (*name).to_owned()).collect()
 }
 
+/// One mount that is asked for.
+#[derive(Clone, Debug, PartialEq)]
+struct Wanted {
+    storage: Storage,
+    /// The storages it is put together from, if it is from several.
+    layers: Vec<Storage>,
+}
+
 /// What a driver is to do, and with what.
 struct Job {
     storage: Storage,
     /// The file of the device that the storage stands on, if it stands on one.
     node: Option<PathBuf>,
+    /// The storages it is put together from, and their devices.
+    layers: Vec<(Storage, PathBuf)>,
     /// The container that it is for; none if it is for the pod.
     container: Option<String>,
     /// Loads modules and runs programs.
@@ -76,7 +92,7 @@ pub(crate) struct Storages {
 struct Slot {
     users: usize,
     /// What was asked for, and what was done about it.
-    mounted: Option<(Storage, Mounted)>,
+    mounted: Option<(Wanted, Mounted)>,
     /// The slot has left the table: whoever still holds it looks for a new one.
     gone: bool,
 }
@@ -114,8 +130,8 @@ impl Storages {
         container: Option<&str>,
     ) -> Result<Vec<String>> {
         let mut added = Vec::new();
-        for storage in storages {
-            match self.add(storage, container).await {
+        for wanted in multi_layer::group(storages)? {
+            match self.add(wanted, container).await {
                 Ok(mount_point) => added.push(mount_point),
                 Err(error) => {
                     self.release_all(&added).await;
@@ -126,10 +142,10 @@ impl Storages {
         Ok(added)
     }
 
-    async fn add(&self, mut storage: Storage, container: Option<&str>) -> Result<String> {
-        let driver = check(&storage)?;
-        storage.mount_point = mount::point(&storage.mount_point, self.guest.init)?;
-        let mount_point = storage.mount_point.clone();
+    async fn add(&self, mut wanted: Wanted, container: Option<&str>) -> Result<String> {
+        let driver = check(&wanted.storage)?;
+        let mount_point = mount::point(&wanted.storage.mount_point, self.guest.init)?;
+        wanted.storage.mount_point.clone_from(&mount_point);
         loop {
             let slot = Arc::clone(lock(&self.slots).entry(mount_point.clone()).or_default());
             let mut slot = slot.lock().await;
@@ -137,9 +153,9 @@ impl Storages {
                 continue;
             }
             match &slot.mounted {
-                Some((present, _)) => same(present, &storage)?,
-                None => match self.mount(driver, storage.clone(), container).await {
-                    Ok(mounted) => slot.mounted = Some((storage, mounted)),
+                Some((present, _)) => same(present, &wanted)?,
+                None => match self.mount(driver, wanted.clone(), container).await {
+                    Ok(mounted) => slot.mounted = Some((wanted, mounted)),
                     Err(error) => {
                         self.forget(&mount_point, &mut slot);
                         return Err(error);
@@ -151,11 +167,13 @@ impl Storages {
         }
     }
 
-    /// Finds the device, then has the driver do its work. A failure leaves nothing.
-    async fn mount(&self, driver: Driver, storage: Storage, container: Option<&str>) -> Result<Mounted> {
-        let node = backing::find(&self.guest, &self.devices, &storage).await?;
-        let guest = Arc::clone(&self.guest);
-        let job = Job { storage, node, container: container.map(str::to_owned), guest };
+    /// Finds the devices, then has the driver do its work. A failure leaves nothing.
+    async fn mount(&self, driver: Driver, wanted: Wanted, container: Option<&str>) -> Result<Mounted> {
+        let Wanted { storage, layers } = wanted;
+        let (guest, container) = (Arc::clone(&self.guest), container.map(str::to_owned));
+        let node = backing::find(&guest, &self.devices, &storage).await?;
+        let layers = multi_layer::find(&guest, &self.devices, layers).await?;
+        let job = Job { storage, node, layers, container, guest };
         blocking(move || {
             let mut mounted = Mounted { keep: job.storage.shared, ..Mounted::default() };
             match driver(&job, &mut mounted) {
@@ -195,9 +213,9 @@ impl Storages {
         let keep = slot.mounted.as_ref().is_some_and(|(_, mounted)| mounted.keep);
         if last || (slot.users == 0 && !keep) {
             self.forget(mount_point, &mut slot);
-            if let Some((storage, mounted)) = slot.mounted.take() {
+            if let Some((wanted, mounted)) = slot.mounted.take() {
                 let undone = blocking(move || {
-                    mounted.undo(&storage.mount_point);
+                    mounted.undo(&wanted.storage.mount_point);
                     Ok(())
                 });
                 if let Err(error) = undone.await {
@@ -232,20 +250,21 @@ fn check(storage: &Storage) -> Result<Driver> {
 }
 
 /// Who finds a mount point in use gets what is there, so that must be what he asks for.
-fn same(present: &Storage, wanted: &Storage) -> Result<()> {
+fn same(present: &Wanted, wanted: &Wanted) -> Result<()> {
     // Whether it outlives its users was settled by the first.
-    if *present == (Storage { shared: present.shared, ..wanted.clone() }) {
+    let storage = Storage { shared: present.storage.shared, ..wanted.storage.clone() };
+    if present.storage == storage && present.layers == wanted.layers {
         return Ok(());
     }
+    let describe = |wanted: &Wanted| {
+        let Storage { driver, source, options, .. } = &wanted.storage;
+        format!("{driver} storage {source:?} with the options {options:?}")
+    };
     Err(Error::State(format!(
-        "the mount point {:?} is in use by {} storage {:?} with the options {:?}; {} storage {:?} with the options {:?} needs another",
-        present.mount_point,
-        present.driver,
-        present.source,
-        present.options,
-        wanted.driver,
-        wanted.source,
-        wanted.options,
+        "the mount point {:?} is in use by another storage: {}, not {}",
+        present.storage.mount_point,
+        describe(present),
+        describe(wanted)
     )))
 }
 
