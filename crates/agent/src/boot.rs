@@ -22,8 +22,9 @@ use rustix::{
 use tokio::sync::watch;
 
 use crate::{
+    device::Places,
     error::{During, Result},
-    modules, network,
+    hotplug, modules, network,
     reaper::Reaper,
 };
 
@@ -122,6 +123,9 @@ pub(crate) fn finish(initramfs: Initramfs, guest: Arc<Guest>) {
         }
         modules::load(&initramfs.0, "lib/bulkhead/modules/late");
         let kept = keep_on_demand(&initramfs, &guest);
+        if let Err(error) = hotplug::memory_from_now_on(&Places::default()) {
+            tracing::warn!(%error, "memory that is plugged waits for a request to be used");
+        }
         guest.prepared.send_replace(true);
         tracing::info!(after = ?uptime(), "ready for containers");
         if let Err(error) = remove_below(&initramfs.0, kept) {

@@ -17,11 +17,6 @@ use crate::{
     program,
 };
 
-/// What it takes to find a SCSI disk.
-pub(crate) const SCSI: &[&str] = &["virtio_scsi", "sd_mod"];
-/// What it takes to find persistent memory, of an NVDIMM or of virtio.
-pub(crate) const PMEM: &[&str] = &["nfit", "virtio_pmem", "nd_pmem"];
-
 /// The guest image's own loader, if there is a guest image.
 const MODPROBE: &str = "/sbin/modprobe";
 const MODPROBE_LIMIT: Duration = Duration::from_secs(30);
@@ -88,10 +83,7 @@ impl Guest {
                 self.insert(&name, parameters)
             }
             None if Path::new(MODPROBE).exists() => self.modprobe(&name, parameters),
-            None => Err(Error::Invalid(format!(
-                "the guest has no kernel module {name}; it can load {}",
-                index.lines().filter_map(|line| line.split(':').next()).collect::<Vec<_>>().join(", ")
-            ))),
+            None => Err(unknown(&name, &index)),
         }
     }
 
@@ -103,9 +95,9 @@ impl Guest {
             return Ok(());
         }
         let loaded = match fstype {
-            "9p" => self.load_hardware(&["9pnet_virtio", "9p"]),
+            "9p" => self.load_all(&["9pnet_virtio", "9p"]),
             // The characters of its names, as the kernel is built to expect them.
-            "vfat" => self.load_hardware(&["nls_cp437", "nls_ascii", "vfat"]),
+            "vfat" => self.load_all(&["nls_cp437", "nls_ascii", "vfat"]),
             fstype => self.load_module(fstype, ""),
         };
         match loaded {
@@ -116,12 +108,20 @@ impl Guest {
         }
     }
 
-    /// Has the kernel know some hardware, or what else it takes several modules for: [`SCSI`], [`PMEM`]. On a machine of
-    /// somebody else that is somebody else's business. Blocks.
-    pub(crate) fn load_hardware(&self, modules: &[&str]) -> Result<()> {
-        if !self.init {
-            return Ok(());
-        }
+    /// Has the kernel know what a kind of device or storage stands on. On a machine of somebody else that is somebody
+    /// else's business. Blocks.
+    pub(crate) fn load_drivers(&self, kind: &str) -> Result<()> {
+        let modules: &[&str] = match kind {
+            "scsi" => &["virtio_scsi", "sd_mod"],
+            // Of an NVDIMM, or of virtio.
+            "nvdimm" => &["nfit", "virtio_pmem", "nd_pmem"],
+            "vfio-pci" => &["vfio_pci", "vfio_iommu_type1"],
+            _ => &[],
+        };
+        if self.init { self.load_all(modules) } else { Ok(()) }
+    }
+
+    fn load_all(&self, modules: &[&str]) -> Result<()> {
         modules.iter().try_for_each(|name| self.load_module(name, ""))
     }
 
@@ -204,6 +204,11 @@ fn before<'a>(index: &'a str, name: &str) -> Option<&'a str> {
         .map(|(_, before)| before)
 }
 
+fn unknown(name: &str, index: &str) -> Error {
+    let names: Vec<&str> = index.lines().filter_map(|line| line.split(':').next()).collect();
+    Error::Invalid(format!("the guest has no kernel module {name}; it can load {}", names.join(", ")))
+}
+
 fn unpack(packed: &[u8]) -> Option<Vec<u8>> {
     let (size, block) = packed.split_first_chunk()?;
     let size = usize::try_from(u32::from_le_bytes(*size)).ok().filter(|size| *size <= LARGEST)?;
@@ -257,23 +262,23 @@ mod tests {
     fn nothing_is_loaded_into_the_kernel_of_somebody_else() {
         let error = Guest::plain().load_module("surely-not-a-module", "").unwrap_err();
         assert!(matches!(&error, Error::State(text) if text.contains("surely_not_a_module")), "{error}");
-        Guest::plain().load_hardware(&["surely-not-a-module"]).unwrap();
+        Guest::plain().load_drivers("scsi").unwrap();
         Guest::plain().load_filesystem("surely-not-a-file-system").unwrap();
     }
 
     #[test]
     fn what_a_guest_has_not_is_named_with_what_it_has() {
+        let error = unknown("surely_not", "dummy:\nveth: x y\n").to_string();
+        assert!(error.contains("surely_not; it can load dummy, veth"), "{error}");
+    }
+
+    #[test]
+    fn a_module_that_is_listed_and_not_there_is_an_error() {
         let directory = tempfile::tempdir().unwrap();
-        std::fs::write(directory.path().join("index"), "dummy:\nveth:\n").unwrap();
+        std::fs::write(directory.path().join("index"), "surely_not:\n").unwrap();
         let guest = Guest::own();
         guest.on_demand.set(File::open(directory.path()).unwrap().into()).unwrap();
-        if Path::new(MODPROBE).exists() {
-            return eprintln!("skipped: there is a {MODPROBE} here");
-        }
-        let error = guest.load_module("surely-not", "").unwrap_err().to_string();
-        assert!(error.contains("surely_not") && error.contains("dummy, veth"), "{error}");
-        // What is listed and not there fails before the kernel is asked.
-        std::fs::write(directory.path().join("index"), "surely_not:\n").unwrap();
-        assert!(matches!(guest.load_module("surely-not", ""), Err(Error::Io { .. })));
+        let error = guest.load_module("surely-not", "").unwrap_err();
+        assert!(matches!(&error, Error::Io { what, .. } if what.contains("surely_not")), "{error}");
     }
 }

@@ -11,7 +11,6 @@ use crate::{
     boot::Guest,
     device::Devices,
     error::{Error, Result},
-    modules,
     sync::blocking,
 };
 
@@ -21,26 +20,16 @@ pub(super) async fn find(
     devices: &Devices,
     storage: &Storage,
 ) -> Result<Option<PathBuf>> {
-    let source = &storage.source;
+    let (source, kind) = (&storage.source, storage.driver.clone());
+    let guest = Arc::clone(guest);
+    blocking(move || guest.load_drivers(&kind)).await?;
     let node = match storage.driver.as_str() {
         "blk" if !source.starts_with("/dev/") => devices.block_by_pci(source).await?,
-        "blk" | "mmioblk" => devices.block_by_node(node(source)?).await?,
-        "scsi" => {
-            load(guest, modules::SCSI).await?;
-            devices.block_by_scsi(source).await?
-        }
-        "nvdimm" => {
-            load(guest, modules::PMEM).await?;
-            devices.block_by_node(node(source)?).await?
-        }
+        "blk" | "mmioblk" | "nvdimm" => devices.block_by_node(node(source)?).await?,
+        "scsi" => devices.block_by_scsi(source).await?,
         _ => return Ok(None),
     };
     Ok(Some(node.path))
-}
-
-async fn load(guest: &Arc<Guest>, modules: &'static [&str]) -> Result<()> {
-    let guest = Arc::clone(guest);
-    blocking(move || guest.load_hardware(modules)).await
 }
 
 /// A file of `/dev`, and nothing that leads elsewhere.

@@ -132,3 +132,92 @@ fn carries_ext4(node: &Path) -> Result<bool> {
         .during(|| format!("read {}", node.display()))?;
     Ok(magic == [0x53, 0xef])
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::disks::{Disk, alone, job, mounts_below, nothing_in, run, writable};
+    use super::*;
+
+    const POINT: &str = "/run/kata-containers/sandbox/storage/x";
+
+    fn storage(options: &[&str], driver_options: &[&str]) -> Storage {
+        let strings = |list: &[&str]| list.iter().map(|option| (*option).to_owned()).collect();
+        Storage {
+            driver: "blk".into(),
+            source: "02".into(),
+            fstype: "ext4".into(),
+            mount_point: POINT.into(),
+            options: strings(options),
+            driver_options: strings(driver_options),
+            ..Default::default()
+        }
+    }
+
+    #[test]
+    fn a_disk_is_mounted_as_its_options_say_and_goes_without_a_trace() {
+        let Some(disk) = Disk::ext4("hello") else { return };
+        alone(|| {
+            for (options, can_write) in
+                [(&["ro"][..], false), (&["rw,noatime", "errors=continue"], true), (&[], true)]
+            {
+                let mounted = run(mount, &job(storage(options, &[]), Some(&disk.node))).unwrap();
+                assert_eq!(std::fs::read_to_string(format!("{POINT}/hello")).unwrap(), "hello");
+                assert_eq!(writable(POINT), can_write, "{options:?}");
+                mounted.undo(POINT);
+                assert!(mounts_below("/run").is_empty());
+                assert!(nothing_in("/run/kata-containers/sandbox/storage"));
+            }
+        });
+    }
+
+    #[test]
+    fn a_failure_leaves_nothing_and_says_what_failed_on_what() {
+        let Some(disk) = Disk::blank() else { return };
+        alone(|| {
+            let no_type = Storage { fstype: String::new(), ..storage(&[], &[]) };
+            let cases = [
+                (storage(&[], &[]), disk.node.to_str().unwrap()),
+                (storage(&["surely-no-option"], &[]), "ext4"),
+                (no_type, "fstype"),
+                (storage(&["X-kata.dmverity-enabled=true"], &[]), "dmverity-enabled"),
+                (storage(&[], &["encryption_key=ephemeral", "create_filesystem"]), "encrypted volumes"),
+                (storage(&[], &["surely-no-option"]), "surely-no-option"),
+            ];
+            for (storage, expected) in cases {
+                let error = run(mount, &job(storage, Some(&disk.node))).err().unwrap().to_string();
+                assert!(error.contains(expected), "{expected}: {error}");
+                assert!(mounts_below("/run").is_empty());
+                assert!(nothing_in("/run/kata-containers/sandbox/storage"));
+            }
+        });
+    }
+
+    #[test]
+    fn what_is_mounted_already_is_not_covered() {
+        let Some(disk) = Disk::ext4("hello") else { return };
+        alone(|| {
+            let mounted = run(mount, &job(storage(&[], &[]), Some(&disk.node))).unwrap();
+            assert!(matches!(run(mount, &job(storage(&[], &[]), Some(&disk.node))), Err(Error::State(_))));
+            assert_eq!(mounts_below("/run"), [POINT]);
+            mounted.undo(POINT);
+        });
+    }
+
+    #[test]
+    fn a_file_system_is_made_only_when_asked_for() {
+        for (options, fstype, wanted) in [
+            (&[][..], "xfs", Some(false)),
+            (&["create_filesystem"], "ext4", Some(true)),
+            (&["create_filesystem=true"], "ext4", Some(true)),
+            (&["create_filesystem=false"], "ext4", Some(false)),
+            (&["create_filesystem"], "xfs", None),
+            (&["encryption_key=ephemeral"], "ext4", None),
+        ] {
+            let storage = Storage { fstype: fstype.into(), ..storage(&[], options) };
+            assert_eq!(wants_filesystem(&storage).ok(), wanted, "{options:?} {fstype}");
+        }
+        let Some((full, blank)) = Disk::ext4("hello").zip(Disk::blank()) else { return };
+        assert!(carries_ext4(&full.node).unwrap());
+        assert!(!carries_ext4(&blank.node).unwrap());
+    }
+}

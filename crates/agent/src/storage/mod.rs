@@ -16,6 +16,9 @@ mod overlay;
 mod pmem;
 mod virtiofs;
 
+#[cfg(test)]
+mod disks;
+
 use std::{
     collections::HashMap,
     path::{Path, PathBuf},
@@ -312,7 +315,7 @@ mod tests {
     use super::*;
 
     fn storages() -> Storages {
-        Storages::new(Arc::new(Guest::plain()), Arc::new(Devices::new(Duration::ZERO)))
+        Storages::new(Arc::new(Guest::plain()), Arc::new(Devices::new(Duration::ZERO, false)))
     }
 
     fn local(mount_point: &std::path::Path) -> Storage {
@@ -347,10 +350,78 @@ mod tests {
         let good = Storage { shared: false, ..local(&directory.path().join("a")) };
         let bad = Storage { mount_point: "relative".into(), ..good.clone() };
         assert!(storages.add_all(vec![good, bad], None).await.is_err());
-        let users: Vec<_> = lock(&storages.slots).values().cloned().collect();
-        for slot in users {
-            assert_eq!(slot.lock().await.users, 0);
+        let slots: Vec<_> = lock(&storages.slots).values().cloned().collect();
+        assert_eq!(slots.len(), 1, "the good one was there, and is kept");
+        assert_eq!(slots[0].lock().await.users, 0);
+    }
+
+    /// A bind of `/run/from` to `/run/to`, which is not kept.
+    fn bound(options: &[&str]) -> Storage {
+        Storage {
+            driver: "bind".into(),
+            source: "/run/from".into(),
+            mount_point: "/run/to".into(),
+            options: options.iter().map(|option| (*option).to_owned()).collect(),
+            ..Default::default()
         }
+    }
+
+    fn alone_with(test: impl AsyncFnOnce(Storages) + Send) {
+        disks::alone(|| {
+            // Threads have the mounts of the one that makes them.
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
+            runtime.block_on(test(storages()));
+        });
+    }
+
+    #[test]
+    fn the_last_of_several_users_undoes_it_once() {
+        alone_with(async |storages| {
+            std::fs::write("/run/from", "x").unwrap();
+            let first = storages.add_all(vec![bound(&["ro"])], Some("a")).await.unwrap();
+            let slash = Storage { mount_point: "//run/to/".into(), ..bound(&["ro"]) };
+            let second = storages.add_all(vec![slash], Some("b")).await.unwrap();
+            assert_eq!(disks::mounts_below("/run"), ["/run/to"], "mounted once");
+            storages.release_all(&first).await;
+            assert_eq!(std::fs::read_to_string("/run/to").unwrap(), "x");
+            storages.release_all(&second).await;
+            assert!(disks::mounts_below("/run").is_empty());
+            assert!(!Path::new("/run/to").exists(), "the file it was bound to was the agent's");
+            assert!(lock(&storages.slots).is_empty());
+        });
+    }
+
+    #[test]
+    fn a_second_user_gets_what_it_asks_for_or_an_error() {
+        alone_with(async |storages| {
+            std::fs::write("/run/from", "x").unwrap();
+            std::fs::write("/run/other", "y").unwrap();
+            storages.add_all(vec![bound(&["ro"])], Some("a")).await.unwrap();
+            let other = Storage { source: "/run/other".into(), ..bound(&["ro"]) };
+            for storage in [bound(&[]), other] {
+                let error = storages.add_all(vec![storage], Some("b")).await.unwrap_err();
+                assert!(matches!(&error, Error::State(text) if text.contains("/run/to")), "{error}");
+            }
+            let shared = Storage { shared: true, ..bound(&["ro"]) };
+            storages.add_all(vec![shared], Some("c")).await.unwrap();
+            storages.clear().await;
+            assert!(disks::mounts_below("/run").is_empty());
+        });
+    }
+
+    #[test]
+    fn a_failure_leaves_no_mount_and_no_file_of_the_request() {
+        alone_with(async |storages| {
+            std::fs::write("/run/from", "x").unwrap();
+            let bad = Storage { mount_point: "/run/x/y".into(), source: "/run/gone".into(), ..bound(&[]) };
+            let unknown = Storage { driver: "floppy".into(), ..bound(&[]) };
+            for last in [bad, unknown] {
+                assert!(storages.add_all(vec![bound(&[]), last], Some("a")).await.is_err());
+                assert!(disks::mounts_below("/run").is_empty());
+                assert!(!Path::new("/run/to").exists());
+                assert!(lock(&storages.slots).is_empty());
+            }
+        });
     }
 
     #[tokio::test]

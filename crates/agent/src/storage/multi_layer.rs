@@ -191,8 +191,11 @@ pub(super) async fn find(
     devices: &Devices,
     layers: Vec<Storage>,
 ) -> Result<Vec<(Storage, PathBuf)>> {
-    let plan = plan(&layers)?;
     let mut found = Vec::new();
+    if layers.is_empty() {
+        return Ok(found);
+    }
+    let plan = plan(&layers)?;
     for (index, mut storage) in layers.into_iter().enumerate() {
         if storage.driver == DRIVER {
             // The kind of disk shows in its address.
@@ -255,6 +258,7 @@ pub(super) fn mount(job: &Job, mounted: &mut Mounted) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::disks::{Disk, alone, job, mounts_below, nothing_in, run, writable};
     use super::*;
 
     fn storage(source: &str, fstype: &str, options: &[&str]) -> Storage {
@@ -344,5 +348,71 @@ mod tests {
         ] {
             assert_eq!(read(text), None, "{text}");
         }
+    }
+
+    /// Two lowers, top first, each with a file of its name; the upper has one too.
+    fn layers(upper: Option<&Disk>, lowers: &[&Disk], path: &str) -> Job {
+        let storage =
+            |disk: &Disk, fstype, options: &[&str]| (storage("00", fstype, options), disk.node.clone());
+        let mkdir = format!("X-kata.mkdir.path={path}");
+        let mut layers: Vec<_> = lowers.iter().map(|disk| storage(disk, "erofs", &LOWER)).collect();
+        layers.extend(upper.map(|disk| storage(disk, "ext4", &[UPPER[0], UPPER[1], &mkdir])));
+        let mount_point = "/run/kata-containers/c1/rootfs".to_owned();
+        Job { layers, ..job(Storage { mount_point, ..Default::default() }, None) }
+    }
+
+    #[test]
+    fn layers_are_one_tree_and_go_without_a_trace() {
+        let Some(((first, second), upper)) = Disk::erofs("a").zip(Disk::erofs("b")).zip(Disk::ext4("c"))
+        else {
+            return;
+        };
+        alone(|| {
+            let job = layers(Some(&upper), &[&first, &second], "{{ mount 0 }}/upper/made:0700");
+            let root = "/run/kata-containers/c1/rootfs";
+            for round in 0..2 {
+                let mounted = run(mount, &job).unwrap();
+                for name in ["a", "b"] {
+                    assert_eq!(std::fs::read_to_string(format!("{root}/{name}")).unwrap(), name);
+                }
+                let made = std::fs::metadata(format!("{root}/made")).unwrap();
+                assert_eq!(made.permissions().mode() & 0o7777, 0o700);
+                // What was written is on the disk, and there again.
+                assert_eq!(std::fs::read_to_string(format!("{root}/new")).is_ok(), round == 1);
+                std::fs::write(format!("{root}/new"), "x").unwrap();
+                mounted.undo(root);
+                assert!(mounts_below("/run").is_empty());
+                assert!(nothing_in("/run/kata-containers"));
+            }
+        });
+    }
+
+    #[test]
+    fn without_a_disk_what_is_written_is_the_guests_own_and_goes() {
+        let Some(lower) = Disk::erofs("a") else { return };
+        alone(|| {
+            let job = layers(None, &[&lower], "");
+            for _ in 0..2 {
+                let mounted = run(mount, &job).unwrap();
+                assert!(!Path::new("/run/kata-containers/c1/rootfs/new").exists());
+                assert!(writable("/run/kata-containers/c1/rootfs"));
+                mounted.undo("");
+                assert!(nothing_in("/run/kata-containers"));
+            }
+        });
+    }
+
+    #[test]
+    fn a_failure_half_way_leaves_nothing() {
+        let Some(((first, bad), upper)) = Disk::erofs("a").zip(Disk::blank()).zip(Disk::ext4("c")) else {
+            return;
+        };
+        alone(|| {
+            let job = layers(Some(&upper), &[&first, &bad], "{{ mount 0 }}/upper");
+            let error = run(mount, &job).err().unwrap().to_string();
+            assert!(error.contains(bad.node.to_str().unwrap()), "{error}");
+            assert!(mounts_below("/run").is_empty());
+            assert!(nothing_in("/run/kata-containers"));
+        });
     }
 }

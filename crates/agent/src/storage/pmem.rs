@@ -30,3 +30,31 @@ fn has_direct_access(node: &Path) -> bool {
     // A kernel that does not say lets the mount find out.
     std::fs::read_to_string(path).map_or(true, |dax| dax.trim_end() != "0")
 }
+
+#[cfg(test)]
+mod tests {
+    use bulkhead_protocol::agent::Storage;
+
+    use super::super::disks::{Disk, alone, job, nothing_in, run};
+    use super::*;
+
+    #[test]
+    fn dax_on_a_device_without_it_is_refused_in_words() {
+        let Some(disk) = Disk::ext4("hello") else { return };
+        alone(|| {
+            let mut storage = Storage {
+                driver: "nvdimm".into(),
+                fstype: "ext4".into(),
+                mount_point: "/run/x".into(),
+                options: vec!["ro,dax".into()],
+                ..Default::default()
+            };
+            let error = run(mount, &job(storage.clone(), Some(&disk.node))).err().unwrap();
+            assert!(matches!(&error, Error::State(text) if text.contains("direct access")), "{error}");
+            assert!(nothing_in("/run"));
+            storage.options = vec!["ro".into()];
+            run(mount, &job(storage, Some(&disk.node))).unwrap().undo("/run/x");
+            assert!(nothing_in("/run"));
+        });
+    }
+}
