@@ -85,13 +85,14 @@ enum Slot {
 impl Sandbox {
     /// An empty one.
     pub(crate) fn new(guest: Arc<Guest>, config: Config) -> Arc<Sandbox> {
+        let devices = Arc::new(Devices::new(config.hotplug_timeout, guest.init));
         Arc::new(Sandbox {
-            devices: Arc::new(Devices::new(config.hotplug_timeout, guest.init)),
+            storages: Storages::new(Arc::clone(&guest), Arc::clone(&devices)),
+            reaper: Arc::clone(&guest.reaper),
             guest,
+            devices,
             config,
-            reaper: Arc::default(),
             oom: Arc::default(),
-            storages: Storages::default(),
             state: Mutex::default(),
             changed: Notify::new(),
             ended: Notify::new(),
@@ -146,6 +147,11 @@ impl Sandbox {
                 .into_option()
                 .ok_or_else(|| Error::Invalid("the request has no OCI spec".into()))?;
             let shared = self.shared(request.sandbox_pidns, &id)?;
+            let (guest, kinds): (_, Vec<String>) = (
+                Arc::clone(&self.guest),
+                request.devices.iter().map(|device| device.type_.clone()).collect(),
+            );
+            blocking(move || kinds.iter().try_for_each(|kind| guest.load_drivers(kind))).await?;
             self.devices.plug(&id, &request.devices, &mut spec).await?;
             let storages = self.storages.add_all(request.storages, Some(&id)).await?;
             let made = self.make(&id, spec, &shared, storages.clone()).await;
