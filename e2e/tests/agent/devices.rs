@@ -17,6 +17,7 @@ pub(super) const CASES: &[Case] = cases![
     a_scsi_disk_is_found_cold_and_hot,
     persistent_memory_is_found,
     addresses_of_the_host_become_the_guests_for_init_and_exec,
+    a_passed_through_device_is_handed_on,
 ];
 
 /// What a host calls the disk that it plugs.
@@ -103,8 +104,9 @@ fn a_container_waits_for_the_disk_that_is_plugged_meanwhile(scratch: &Scratch) -
     in_vm(scratch, hardware(60), async |agent| {
         agent.pod().await?;
         let plugging = async {
-            // The request before this one on the connection is being worked on.
-            agent.check().await?;
+            // The wait holds up nobody else, and is one by then: this container was asked for later.
+            agent.run("other", &["true"]).await?;
+            agent.wait("other", "").await?;
             agent.plug_disk(&file)
         };
         // The first free slot of the bridge.
@@ -141,7 +143,7 @@ fn a_scsi_disk_is_found_cold_and_hot(scratch: &Scratch) -> anyhow::Result<()> {
         run(agent, "c1", device("scsi", &agent.addresses()?.scsi_disks[0], "")).await?;
         ensure!(word(agent, "c1").await? == "cold");
         let plugging = async {
-            agent.check().await?;
+            agent.run("other", &["true"]).await?;
             agent.plug_scsi_disk(&hot, 5, 7)
         };
         let (ran, address) = tokio::join!(run(agent, "c2", device("scsi", "5:7", "")), plugging);
@@ -203,6 +205,50 @@ fn addresses_of_the_host_become_the_guests_for_init_and_exec(scratch: &Scratch) 
         let expected = format!("0000:00:{root}.0,0000:01:01.0 0000:99:00.0\n");
         ensure!(init == expected, "init: {init} instead of {expected}");
         ensure!(exec == expected, "exec: {exec} instead of {expected}");
+        Ok(())
+    })
+}
+
+fn a_passed_through_device_is_handed_on(scratch: &Scratch) -> anyhow::Result<()> {
+    let mut hardware = Hardware { disks: vec![Disk::new(disk(scratch, "passed")?)], ..hardware(10) };
+    hardware.more = ["-device", "intel-iommu"].map(str::to_owned).to_vec();
+    hardware.kernel_parameters.push("intel_iommu=on".to_owned());
+    in_vm(scratch, hardware, async |agent| {
+        agent.pod().await?;
+        // Any device serves; the guest's own driver loses it.
+        let path = &agent.addresses()?.disks[0];
+        let device = Device {
+            type_: "vfio-pci".into(),
+            id: "group".into(),
+            container_path: "/dev/vfio/1234".into(),
+            options: vec![format!("0000:81:00.0={path}")],
+            ..Default::default()
+        };
+        let mut spec = agent.spec(&["sleep", "1000"]);
+        spec.Process.mut_or_insert_default().Env.push("PCIDEVICE_A=0000:81:00.0".into());
+        spec.Linux.mut_or_insert_default().Devices.push(oci::LinuxDevice {
+            Path: "/dev/vfio/1234".into(),
+            Type: "c".into(),
+            Major: 240,
+            Minor: 1234,
+            FileMode: 0o600,
+            ..Default::default()
+        });
+        let request = CreateContainerRequest {
+            container_id: "c1".into(),
+            OCI: MessageField::some(spec),
+            devices: vec![device],
+            ..Default::default()
+        };
+        agent.client.create_container(context(), &request).await?;
+        agent.start_container("c1").await?;
+        let groups = agent.line("c1", "ls", "ls /dev/vfio").await?;
+        let group: u32 = groups.trim().parse().with_context(|| format!("one group: {groups}"))?;
+        ensure!(group != 1234, "the host's number");
+        // The group is opened, hence allowed, and a group of the driver's.
+        agent.line("c1", "open", &format!("exec 3<>/dev/vfio/{group}")).await?;
+        let disks = agent.line("c1", "disks", "cat /proc/partitions").await?;
+        ensure!(!disks.contains("vda"), "{disks}");
         Ok(())
     })
 }
