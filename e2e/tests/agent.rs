@@ -3,6 +3,8 @@
 
 #[path = "agent/rpc.rs"]
 mod rpc;
+#[path = "agent/storage.rs"]
+mod storage;
 
 use std::process::ExitCode;
 
@@ -12,6 +14,7 @@ use bulkhead_e2e::{Case, run};
 #[rustfmt::skip]
 const FAMILIES: &[&[Case]] = &[
     rpc::CASES,
+    storage::CASES,
 ];
 
 fn main() -> ExitCode {
