@@ -7,6 +7,8 @@ mod devices;
 mod memory;
 #[path = "agent/rpc.rs"]
 mod rpc;
+#[path = "agent/storage.rs"]
+mod storage;
 
 use std::process::ExitCode;
 
@@ -18,6 +20,7 @@ const FAMILIES: &[&[Case]] = &[
     devices::CASES,
     memory::CASES,
     rpc::CASES,
+    storage::CASES,
 ];
 
 fn main() -> ExitCode {
