@@ -51,6 +51,9 @@ pub(crate) struct Devices {
     addresses: Mutex<HashMap<String, PciMap>>,
 }
 
+/// Looks for something, as often as it takes.
+type Search<T> = Box<dyn FnMut(&Places) -> Result<Look<T>> + Send>;
+
 /// Nobody waits longer, whatever was configured.
 const LONGEST: Duration = Duration::from_secs(24 * 60 * 60);
 
@@ -115,12 +118,23 @@ impl Devices {
         T: Send + 'static,
         F: FnMut(&Places) -> Result<Look<T>> + Send + 'static,
     {
+        self.wait(what, subsystems, patience, Box::new(look)).await
+    }
+
+    async fn wait<T: Send + 'static>(
+        &self,
+        what: &str,
+        subsystems: &[&str],
+        patience: Duration,
+        look: Search<T>,
+    ) -> Result<T> {
         let start = Instant::now();
         let mut look = match self.look(look).await? {
             (_, Look::Found(found)) => return Ok(found),
             (look, Look::Missing(_)) => look,
         };
-        let listener = Listener::new().during(|| "listen for events of the kernel".into())?;
+        let hear = || "listen for events of the kernel".to_owned();
+        let listener = Listener::new().during(hear)?;
         loop {
             let left = patience.min(LONGEST).saturating_sub(start.elapsed());
             let missing = match self.look(look).await? {
@@ -135,17 +149,13 @@ impl Devices {
             }
             // Out of time there is one more look, above.
             if let Ok(heard) = timeout(left, listener.next(subsystems)).await {
-                heard.during(|| "listen for events of the kernel".into())?;
+                heard.during(hear)?;
             }
         }
     }
 
     /// Lends `look` to a thread that may block.
-    async fn look<T, F>(&self, mut look: F) -> Result<(F, Look<T>)>
-    where
-        T: Send + 'static,
-        F: FnMut(&Places) -> Result<Look<T>> + Send + 'static,
-    {
+    async fn look<T: Send + 'static>(&self, mut look: Search<T>) -> Result<(Search<T>, Look<T>)> {
         let places = Arc::clone(&self.places);
         blocking(move || {
             let seen = look(&places)?;
