@@ -1,0 +1,28 @@
+//! The guest agent in a real VM and as a plain process, alone. A file per family of requests below `agent/`; the runner of
+//! the cases is the crate's, the VMs are `bulkhead_e2e::agent`'s.
+
+#[path = "agent/devices.rs"]
+mod devices;
+#[path = "agent/memory.rs"]
+mod memory;
+#[path = "agent/rpc.rs"]
+mod rpc;
+#[path = "agent/storage.rs"]
+mod storage;
+
+use std::process::ExitCode;
+
+use bulkhead_e2e::{Case, run};
+
+/// A line a family.
+#[rustfmt::skip]
+const FAMILIES: &[&[Case]] = &[
+    devices::CASES,
+    memory::CASES,
+    rpc::CASES,
+    storage::CASES,
+];
+
+fn main() -> ExitCode {
+    run(&FAMILIES.concat())
+}
