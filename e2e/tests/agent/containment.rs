@@ -124,7 +124,7 @@ fn cve_2019_19921_links_in_the_place_of_kernel_file_systems_are_refused(
 fn exec_joins_the_container_and_not_where_its_init_went(scratch: &Scratch) -> anyhow::Result<()> {
     in_vm(scratch, Hardware::default(), async |agent| {
         agent.pod().await?;
-        let elsewhere = "readlink /proc/self/ns/mnt /proc/self/ns/uts /proc/self/ns/ipc; exec unshare -m -u -i sh -c \
+        let elsewhere = "for ns in mnt uts ipc; do readlink /proc/$$/ns/$ns; done; exec unshare -m -u -i sh -c \
             'hostname elsewhere; mount -t tmpfs tmpfs /tmp; echo trap > /tmp/trap; echo moved; exec sleep 1000'";
         let mut spec = agent.spec(&["sh", "-c", elsewhere]);
         let rights = ["CAP_SYS_ADMIN", "CAP_DAC_OVERRIDE"];
@@ -134,9 +134,10 @@ fn exec_joins_the_container_and_not_where_its_init_went(scratch: &Scratch) -> an
         while !original.contains("moved\n") {
             original += &String::from_utf8_lossy(&agent.read("c1", "").await?);
         }
-        let line = "readlink /proc/self/ns/mnt /proc/self/ns/uts /proc/self/ns/ipc; ls /tmp/trap; hostname";
+        let line = "for ns in mnt uts ipc; do readlink /proc/$$/ns/$ns; done; ls /tmp/trap; hostname";
         let (now, _) = agent.output("c1", "e1", with(line, &rights)).await?;
         let namespaces = original.trim_end_matches("moved\n");
+        ensure!(namespaces.lines().count() == 3 && namespaces.starts_with("mnt:["), "{original}");
         ensure!(now.starts_with(namespaces) && now.contains("No such file"), "{original}\n{now}");
         ensure!(now.ends_with("pod\n"), "{now}");
 

@@ -79,10 +79,10 @@ fn exec_storm_in_a_guest_leaves_descriptors_flat(scratch: &Scratch) -> anyhow::R
             agent.stderr("eye", id).await?;
             Ok(count.trim().parse()?)
         };
-        storm(agent, "warm", 4, 5).await?;
+        storm(agent, "warm", 4, 2).await?;
         count("first").await?;
         let before = count("before").await?;
-        storm(agent, "e", 4, 25).await?;
+        storm(agent, "e", 4, 10).await?;
         let after = count("after").await?;
         ensure!(after == before, "{before} descriptors became {after}");
         Ok(())
@@ -236,6 +236,8 @@ fn allowed<T>(result: ttrpc::Result<T>) -> anyhow::Result<()> {
     let Err(error) = result else { return Ok(()) };
     match Kind::of_error(&error) {
         Kind::AlreadyExists | Kind::NotFound | Kind::InvalidArgument | Kind::FailedPrecondition => Ok(()),
+        // A start whose init is killed meanwhile.
+        Kind::Internal if message(&error).contains("it ended before its command was executed") => Ok(()),
         kind => bail!("{kind:?}: {error}"),
     }
 }
