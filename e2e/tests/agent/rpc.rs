@@ -172,7 +172,8 @@ fn processes_have_streams_terminals_signals_and_exits(scratch: &Scratch) -> anyh
             anyhow::Ok(())
         };
         let (all, life, input) = tokio::join!(all, life, input);
-        (life?, input?);
+        life?;
+        input?;
         ensure!(all?.iter().all(|code| *code == 42));
         ensure!(agent.stdout("c1", "").await?.ends_with("got in\n"));
         ensure!(agent.wait("c1", "").await? == 42, "the code is forgotten");
