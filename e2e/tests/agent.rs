@@ -5,6 +5,12 @@
 mod devices;
 #[path = "agent/memory.rs"]
 mod memory;
+#[path = "agent/containment.rs"]
+mod containment;
+#[path = "agent/faults.rs"]
+mod faults;
+#[path = "agent/load.rs"]
+mod load;
 #[path = "agent/rpc.rs"]
 mod rpc;
 #[path = "agent/storage.rs"]
@@ -19,6 +25,9 @@ use bulkhead_e2e::{Case, run};
 const FAMILIES: &[&[Case]] = &[
     devices::CASES,
     memory::CASES,
+    containment::CASES,
+    faults::CASES,
+    load::CASES,
     rpc::CASES,
     storage::CASES,
 ];

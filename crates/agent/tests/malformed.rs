@@ -378,7 +378,7 @@ async fn hostility(large: bool) {
             assert!(!text.contains("panicked"), "{method} {path}: {text}");
             assert!(code == Code::OK || !text.is_empty(), "{method} {path}: {code:?} without a word");
             assert!(
-                started.elapsed() < Duration::from_secs(10),
+                started.elapsed() < Duration::from_secs(30),
                 "{method} {path} took {:?}",
                 started.elapsed()
             );

@@ -217,15 +217,24 @@ impl Container {
         let plan = plan::exec(&process, &self.spec, seccomp, host::facts()?, kinds, cgroup.is_some())?;
         let (theirs, streams) = streams::make(plan.process.terminal)?;
         let descriptors = Descriptors { cgroup, stdio: theirs, namespaces };
-        let mut child = Child::spawn(plan, &descriptors)?;
+        let mut child = Child::spawn(plan, &descriptors).map_err(|error| self.exec_failed(error))?;
         drop(descriptors);
         if let Err(error) = child.executed() {
             child.kill();
-            return Err(error);
+            return Err(self.exec_failed(error));
         }
         let terminal = child.take_terminal();
         let (pid, pidfd, _) = child.into_parts();
         Ok(Process { pid, pidfd, streams: streams.with_terminal(terminal)? })
+    }
+
+    /// An init that ends takes along what is on its way in, which fails in any way then: its end is the news.
+    fn exec_failed(&self, error: Error) -> Error {
+        let ended = self.status() == Status::Stopped || self.init_has_ended() || is_exiting(self.init_pid);
+        if !ended {
+            return error;
+        }
+        Error::WrongState { id: self.id.clone(), status: Status::Stopped.name(), operation: "exec" }
     }
 
     /// The container's id.
@@ -336,9 +345,10 @@ impl Container {
         self.cgroup.as_ref().map_or_else(|| Ok(Stats::default()), Cgroup::stats)
     }
 
-    /// The path of `memory.events` in the container's cgroup, for an OOM watcher; `None` without a cgroup.
+    /// The path of `memory.events` in the container's cgroup, for an OOM watcher; `None` without a cgroup, or where the
+    /// kernel does not count memory.
     pub fn memory_events(&self) -> Option<PathBuf> {
-        self.cgroup.as_ref().map(|cgroup| cgroup.file("memory.events"))
+        self.cgroup.as_ref().map(|cgroup| cgroup.file("memory.events")).filter(|file| file.exists())
     }
 
     /// Kills what is left, removes the cgroup. Idempotent.
@@ -434,6 +444,18 @@ fn park(plan: plan::Plan, descriptors: &Descriptors) -> Result<(Child, Vec<Owned
             Err(error)
         }
     }
+}
+
+/// Whether a process is on its way out, which for init of a pid namespace lasts until all others in it are gone.
+fn is_exiting(pid: i32) -> bool {
+    // linux/sched.h
+    const PF_EXITING: u32 = 4;
+    let flags = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok().and_then(|stat| {
+        let (_, fields) = stat.rsplit_once(") ")?;
+        fields.split(' ').nth(6)?.parse::<u32>().ok()
+    });
+    // Without a file it is gone.
+    flags.is_none_or(|flags| flags & PF_EXITING != 0)
 }
 
 /// Whether the process behind `pidfd` has ended, or does within `patience`.

@@ -170,17 +170,23 @@ fn receive(channel: &Channel) -> Result<(FromChild, Vec<OwnedFd>), Error> {
     match channel.receive() {
         Ok(Some((FromChild::Failed(failure), _))) => Err(error(failure)),
         Ok(Some(message)) => Ok(message),
-        Ok(None) => Err(Error::Child {
-            stage: Stage::Spawn,
-            detail: None,
-            source: io::Error::new(io::ErrorKind::UnexpectedEof, "it ended before its command was executed"),
-        }),
+        Ok(None) => Err(ended()),
         Err(source) => Err(broken(source)),
+    }
+}
+
+fn ended() -> Error {
+    Error::Child {
+        stage: Stage::Spawn,
+        detail: None,
+        source: io::Error::new(io::ErrorKind::UnexpectedEof, "it ended before its command was executed"),
     }
 }
 
 fn broken(source: io::Error) -> Error {
     let source = match source.kind() {
+        // It was killed with a message of ours unread.
+        io::ErrorKind::ConnectionReset => return ended(),
         io::ErrorKind::WouldBlock => io::Error::new(
             io::ErrorKind::TimedOut,
             format!("no answer for {} s; is a file system it uses stuck?", PATIENCE.as_secs()),

@@ -12,7 +12,7 @@ use bulkhead_protocol::{
 };
 use ttrpc::context::{Context, with_duration};
 
-use super::{Agent, process, spec};
+use super::{Agent, mount, process, spec};
 
 /// Nothing in these tests takes this long; a hang becomes a failure.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -73,6 +73,20 @@ impl Agent {
     /// A complete container configuration that runs a command in [`Agent::rootfs`].
     pub fn spec(&self, command: &[&str]) -> oci::Spec {
         spec(&self.rootfs(), command)
+    }
+
+    /// Runs a container named `eye`, through which a test sees the guest itself: `/guest/proc` and `/guest/cgroup` (as the
+    /// guest sees its cgroups, not as a container does).
+    pub async fn eye(&self) -> ttrpc::Result<()> {
+        let mut spec = self.spec(&["sleep", "100000"]);
+        spec.Mounts.push(mount("/guest/proc", "bind", "/proc", &["rbind"]));
+        spec.Mounts.push(mount("/guest/cgroup", "bind", "/sys/fs/cgroup", &["rbind"]));
+        spec.Linux.mut_or_insert_default().Namespaces.push(oci::LinuxNamespace {
+            Type: "cgroup".into(),
+            Path: "/proc/1/ns/cgroup".into(),
+            ..Default::default()
+        });
+        self.run_spec("eye", spec).await
     }
 
     /// CreateContainer.

@@ -8,7 +8,7 @@ use bulkhead_protocol::protobuf::{
 /// A configuration is not nested deeper.
 const DEPTH: usize = 6;
 /// So many elements are many.
-const MANY: usize = 10_000;
+const MANY: usize = 2_000;
 
 /// The values to plant.
 pub(crate) struct Values {
