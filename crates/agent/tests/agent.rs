@@ -364,7 +364,7 @@ async fn a_pod_shares_its_name_its_ipc_and_its_pids() {
 #[tokio::test]
 async fn what_is_not_offered_is_refused_by_name() {
     let agent = agent_or_skip!();
-    let storage = Storage { driver: "9p".into(), mount_point: "/run/x".into(), ..Default::default() };
+    let storage = Storage { driver: "floppy".into(), mount_point: "/run/x".into(), ..Default::default() };
     let request = CreateContainerRequest {
         container_id: "c1".into(),
         OCI: MessageField::some(agent.spec(&["true"])),
@@ -372,7 +372,7 @@ async fn what_is_not_offered_is_refused_by_name() {
         ..Default::default()
     };
     let text = failed(agent.client.create_container(context(), &request).await, Kind::Unimplemented);
-    assert!(text.contains("9p"), "{text}");
+    assert!(text.contains("floppy"), "{text}");
     // The same again is the same error, and the id is free.
     failed(agent.client.create_container(context(), &request).await, Kind::Unimplemented);
 
@@ -383,7 +383,7 @@ async fn what_is_not_offered_is_refused_by_name() {
 
     let module = KernelModule { name: "no_such_module".into(), ..Default::default() };
     let sandbox = CreateSandboxRequest { kernel_modules: vec![module], ..Default::default() };
-    let text = failed(agent.client.create_sandbox(context(), &sandbox).await, Kind::InvalidArgument);
+    let text = failed(agent.client.create_sandbox(context(), &sandbox).await, Kind::FailedPrecondition);
     assert!(text.contains("no_such_module"), "{text}");
     // A sandbox that failed can be made after all.
     agent.client.create_sandbox(context(), &CreateSandboxRequest::new()).await.unwrap();

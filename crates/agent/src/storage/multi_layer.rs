@@ -73,6 +73,7 @@ pub(super) fn group(storages: Vec<Storage>) -> Result<Vec<Wanted>> {
         let storage = Storage {
             driver: DRIVER.into(),
             mount_point: mount_point.unwrap_or_default(),
+            shared: layers.iter().any(|layer| layer.shared),
             ..Default::default()
         };
         wanted.insert(place, Wanted { storage, layers });
@@ -137,6 +138,9 @@ impl Layer {
             (_, _, other) => {
                 return Err(invalid(&format!("is {other:?}: the upper one is ext4, the lowers are erofs")));
             }
+        }
+        if storage.fs_group.is_some() {
+            return Err(Error::Unsupported(format!("fs_group on the layer {:?}", storage.source)));
         }
         if partitioned != partition.is_some() {
             return Err(invalid("needs both X-kata.gpt-partitioned and X-kata.partition-number, or neither"));
