@@ -10,6 +10,7 @@
 mod boot;
 mod cmdline;
 mod container;
+mod copy;
 mod device;
 mod error;
 mod log;
@@ -31,6 +32,7 @@ mod stream;
 mod sync;
 mod sys;
 mod trace;
+mod tree;
 
 use std::{
     process::ExitCode,

@@ -19,17 +19,19 @@ use bulkhead_protocol::{
     agent_ttrpc::{AgentService, create_agent_service},
     csi::VolumeStatsResponse,
     health_ttrpc::create_health,
+    ports::GUEST_SHARE,
     protobuf::Message,
     types::Interface,
 };
 use ttrpc::r#async::TtrpcContext;
 
-use crate::{metrics::Metrics, policy::Policy, sandbox::Sandbox, trace::Tracer};
+use crate::{copy::Copies, metrics::Metrics, policy::Policy, sandbox::Sandbox, trace::Tracer};
 
 /// What every RPC works on.
 pub(crate) struct Service {
     sandbox: Arc<Sandbox>,
     metrics: Metrics,
+    copies: Arc<Copies>,
     policy: Policy,
     tracer: Tracer,
 }
@@ -39,6 +41,7 @@ pub(crate) fn services(sandbox: Arc<Sandbox>, metrics: Metrics) -> HashMap<Strin
     let mut services = create_agent_service(Arc::new(Service {
         sandbox,
         metrics,
+        copies: Arc::new(Copies::below(GUEST_SHARE)),
         policy: Policy::default(),
         tracer: Tracer::default(),
     }));
@@ -127,11 +130,10 @@ mod tests {
         cmdline::Config,
     };
 
-    const UNBUILT: [&str; 20] = [
+    const UNBUILT: [&str; 19] = [
         "AddARPNeighbors",
         "AddSwap",
         "AddSwapPath",
-        "CopyFile",
         "GetDiagnosticData",
         "GetIPTables",
         "GetVolumeStats",

@@ -45,6 +45,7 @@ fn check_module(module: &KernelModule) -> Result<()> {
 
 /// Ends the pod; the server answers, and then the agent ends as well.
 pub(super) async fn destroy(service: &Service, _: DestroySandboxRequest) -> Result<Empty> {
+    service.copies.clear();
     let sandbox = Arc::clone(&service.sandbox);
     to_the_end(async move {
         sandbox.destroy().await;
