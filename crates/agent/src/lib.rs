@@ -12,6 +12,7 @@ mod cmdline;
 mod container;
 mod copy;
 mod device;
+mod diagnostics;
 mod error;
 mod log;
 mod metrics;
@@ -33,6 +34,7 @@ mod sync;
 mod sys;
 mod trace;
 mod tree;
+mod volume;
 
 use std::{
     process::ExitCode,

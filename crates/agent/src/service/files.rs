@@ -9,9 +9,13 @@ use bulkhead_protocol::{
 
 use super::Service;
 use crate::{
-    error::{Error, Result},
+    diagnostics,
+    error::{During, Error, Result},
     sync::blocking,
 };
+
+/// The only kind of diagnostic data.
+const TERMINATION_LOG: &str = "termination_log";
 
 /// Makes a file, a directory or a link below the share, or writes a piece of a file.
 pub(super) async fn copy(service: &Service, request: CopyFileRequest) -> Result<Empty> {
@@ -20,10 +24,27 @@ pub(super) async fn copy(service: &Service, request: CopyFileRequest) -> Result<
     Ok(Empty::new())
 }
 
-/// Not built yet.
+/// Reads what a container left at its termination message path.
 pub(super) async fn diagnostic_data(
-    _: &Service,
-    _: GetDiagnosticDataRequest,
+    service: &Service,
+    request: GetDiagnosticDataRequest,
 ) -> Result<GetDiagnosticDataResponse> {
-    Err(Error::Unsupported("the request GetDiagnosticData".into()))
+    if request.log_type != TERMINATION_LOG {
+        return Err(Error::Invalid(format!(
+            "diagnostic data of type {:.100?}; there is {TERMINATION_LOG:?}",
+            request.log_type
+        )));
+    }
+    let container = service.sandbox.container(&request.container_id)?;
+    let source = container.termination_log.clone().ok_or_else(|| {
+        Error::State(format!(
+            "container {:?} has no termination log: no mount is at the path its annotations name",
+            request.container_id
+        ))
+    })?;
+    let data = blocking(move || {
+        diagnostics::read(&source).during(|| format!("read the termination log {source:?}"))
+    })
+    .await?;
+    Ok(GetDiagnosticDataResponse { data, ..Default::default() })
 }

@@ -8,6 +8,8 @@ mod backing;
 mod bind;
 mod block;
 mod ephemeral;
+mod fs_group;
+mod hugepages;
 mod local;
 mod mount;
 mod overlay;
@@ -99,6 +101,8 @@ enum Undo {
     RemoveFile(PathBuf),
     /// A directory of the agent's own.
     RemoveTree(PathBuf),
+    /// To the guest's pool of huge pages.
+    GiveBackPages { pool: PathBuf, pages: u64 },
 }
 
 impl Storages {
@@ -158,7 +162,8 @@ impl Storages {
         let job = Job { storage, node, container: container.map(str::to_owned), guest };
         blocking(move || {
             let mut mounted = Mounted { keep: job.storage.shared, ..Mounted::default() };
-            match driver(&job, &mut mounted) {
+            let done = driver(&job, &mut mounted).and_then(|()| fs_group::apply(&job.storage));
+            match done {
                 Ok(()) => Ok(mounted),
                 Err(error) => {
                     mounted.undo(&job.storage.mount_point);
@@ -167,6 +172,31 @@ impl Storages {
             }
         })
         .await
+    }
+
+    /// Changes what ephemeral storages are mounted with; all of them must be there before any is changed.
+    pub(crate) async fn update_ephemeral(&self, wanted: Vec<Storage>) -> Result<()> {
+        let mut slots = Vec::new();
+        for storage in wanted {
+            if storage.driver != "ephemeral" {
+                return Err(Error::Invalid(format!(
+                    "the storage on {:?} is of driver {:?}; only ephemeral ones can be updated",
+                    storage.mount_point, storage.driver
+                )));
+            }
+            let mount_point = mount::point(&storage.mount_point, self.guest.init)?;
+            let slot = lock(&self.slots).get(&mount_point).cloned();
+            let slot = slot.ok_or_else(|| not_ephemeral(&mount_point))?;
+            slots.push((Storage { mount_point, ..storage }, slot));
+        }
+        for (wanted, slot) in slots {
+            let slot = slot.lock().await;
+            let present = slot.mounted.as_ref().map(|(present, _)| present.clone());
+            let present = present.filter(|present| present.driver == wanted.driver);
+            let present = present.ok_or_else(|| not_ephemeral(&wanted.mount_point))?;
+            blocking(move || ephemeral::update(&present, &wanted)).await?;
+        }
+        Ok(())
     }
 
     /// Takes back one use of each, last first.
@@ -222,13 +252,11 @@ fn check(storage: &Storage) -> Result<Driver> {
             drivers().join(", ")
         )));
     };
-    if storage.fs_group.is_some() {
-        return Err(Error::Unsupported(format!(
-            "fs_group, which storage {:?} asks for",
-            storage.mount_point
-        )));
-    }
     Ok(*driver)
+}
+
+fn not_ephemeral(mount_point: &str) -> Error {
+    Error::State(format!("no ephemeral storage is mounted on {mount_point:?}"))
 }
 
 /// Who finds a mount point in use gets what is there, so that must be what he asks for.
@@ -276,6 +304,7 @@ impl Undo {
             Undo::RemoveDirectory(path) => remove(path, std::fs::remove_dir(path)),
             Undo::RemoveFile(path) => remove(path, std::fs::remove_file(path)),
             Undo::RemoveTree(path) => remove(path, std::fs::remove_dir_all(path)),
+            Undo::GiveBackPages { pool, pages } => hugepages::give_back(pool, *pages),
         }
     }
 }
