@@ -16,6 +16,7 @@ mod diagnostics;
 mod error;
 mod log;
 mod metrics;
+mod mirror;
 mod modules;
 mod namespaces;
 mod network;
@@ -35,6 +36,7 @@ mod sys;
 mod trace;
 mod tree;
 mod volume;
+mod watcher;
 
 use std::{
     process::ExitCode,

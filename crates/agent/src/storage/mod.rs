@@ -14,6 +14,7 @@ mod local;
 mod mount;
 mod overlay;
 mod virtiofs;
+mod watchable;
 
 use std::{
     collections::HashMap,
@@ -30,6 +31,7 @@ use crate::{
     device::Devices,
     error::{During, Error, Result},
     sync::{blocking, lock},
+    watcher::Watched,
 };
 
 /// The end of the sandbox waits this long for each storage; a file system whose server is gone must not keep it.
@@ -39,7 +41,7 @@ const FAREWELL: Duration = Duration::from_secs(10);
 type Driver = fn(&Job, &mut Mounted) -> Result<()>;
 
 /// The drivers by the name that a request uses, sorted.
-const DRIVERS: [(&str, Driver); 8] = [
+const DRIVERS: [(&str, Driver); 9] = [
     ("bind", bind::mount),
     ("blk", block::mount),
     ("ephemeral", ephemeral::mount),
@@ -48,6 +50,7 @@ const DRIVERS: [(&str, Driver); 8] = [
     ("overlayfs", overlay::mount),
     ("scsi", block::mount),
     ("virtio-fs", virtiofs::mount),
+    ("watchable-bind", watchable::mount),
 ];
 
 /// The names of the drivers, sorted.
@@ -64,12 +67,15 @@ struct Job {
     container: Option<String>,
     /// Loads modules and runs programs.
     guest: Arc<Guest>,
+    /// Keeps what is watched up to date.
+    copies: Arc<watchable::Copies>,
 }
 
 /// The storages in use, by mount point.
 pub(crate) struct Storages {
     guest: Arc<Guest>,
     devices: Arc<Devices>,
+    copies: Arc<watchable::Copies>,
     slots: Mutex<HashMap<String, Arc<tokio::sync::Mutex<Slot>>>>,
 }
 
@@ -103,12 +109,16 @@ enum Undo {
     RemoveTree(PathBuf),
     /// To the guest's pool of huge pages.
     GiveBackPages { pool: PathBuf, pages: u64 },
+    /// The memory that copies are in.
+    LeaveDirectory(Arc<watchable::Copies>, PathBuf),
+    RemoveCopy(PathBuf),
+    Unwatch(Watched),
 }
 
 impl Storages {
     /// None yet.
     pub(crate) fn new(guest: Arc<Guest>, devices: Arc<Devices>) -> Storages {
-        Storages { guest, devices, slots: Mutex::default() }
+        Storages { guest, devices, copies: Arc::default(), slots: Mutex::default() }
     }
 
     /// Mounts what is not mounted yet and counts the rest; all or nothing. Returns the mount points, to be released.
@@ -159,7 +169,8 @@ impl Storages {
     async fn mount(&self, driver: Driver, storage: Storage, container: Option<&str>) -> Result<Mounted> {
         let node = backing::find(&self.guest, &self.devices, &storage).await?;
         let guest = Arc::clone(&self.guest);
-        let job = Job { storage, node, container: container.map(str::to_owned), guest };
+        let copies = Arc::clone(&self.copies);
+        let job = Job { storage, node, container: container.map(str::to_owned), guest, copies };
         blocking(move || {
             let mut mounted = Mounted { keep: job.storage.shared, ..Mounted::default() };
             let done = driver(&job, &mut mounted).and_then(|()| fs_group::apply(&job.storage));
@@ -305,6 +316,12 @@ impl Undo {
             Undo::RemoveFile(path) => remove(path, std::fs::remove_file(path)),
             Undo::RemoveTree(path) => remove(path, std::fs::remove_dir_all(path)),
             Undo::GiveBackPages { pool, pages } => hugepages::give_back(pool, *pages),
+            Undo::LeaveDirectory(copies, directory) => copies.leave_directory(directory),
+            Undo::RemoveCopy(path) => watchable::remove_copy(path),
+            Undo::Unwatch(watched) => {
+                watched.stop();
+                Ok(())
+            }
         }
     }
 }
