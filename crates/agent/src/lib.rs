@@ -13,6 +13,7 @@ mod container;
 mod copy;
 mod device;
 mod diagnostics;
+mod dispatch;
 mod error;
 mod log;
 mod metrics;
