@@ -15,6 +15,7 @@ mod device;
 mod diagnostics;
 mod dispatch;
 mod error;
+mod hotplug;
 mod log;
 mod metrics;
 mod mirror;

@@ -2,8 +2,11 @@
 //! System calls that have no safe wrapper.
 
 use std::{
+    ffi::CString,
     io,
     os::fd::{AsRawFd, BorrowedFd, OwnedFd},
+    os::unix::ffi::OsStrExt,
+    path::Path,
 };
 
 use tokio::io::{Interest, unix::AsyncFd};
@@ -99,4 +102,11 @@ pub(crate) fn xfs_grow(volume: BorrowedFd<'_>, blocks: u64, inode_percent: u32) 
     // SAFETY: the request reads 16 bytes through the pointer, which is what there is; other file systems refuse it.
     let result = unsafe { libc::ioctl(volume.as_raw_fd(), XFS_IOC_FSGROWFSDATA as _, &raw const growth) };
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Swaps to a file or disk.
+pub(crate) fn swap_on(path: &Path) -> io::Result<()> {
+    let path = CString::new(path.as_os_str().as_bytes())?;
+    // SAFETY: the string ends with a NUL and outlives the call, which only reads it.
+    if unsafe { libc::swapon(path.as_ptr(), 0) } == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }

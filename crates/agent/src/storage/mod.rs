@@ -12,9 +12,15 @@ mod fs_group;
 mod hugepages;
 mod local;
 mod mount;
+mod multi_layer;
+mod ninep;
 mod overlay;
+mod pmem;
 mod virtiofs;
 mod watchable;
+
+#[cfg(test)]
+mod disks;
 
 use std::{
     collections::HashMap,
@@ -41,12 +47,15 @@ const FAREWELL: Duration = Duration::from_secs(10);
 type Driver = fn(&Job, &mut Mounted) -> Result<()>;
 
 /// The drivers by the name that a request uses, sorted.
-const DRIVERS: [(&str, Driver); 9] = [
+const DRIVERS: [(&str, Driver); 12] = [
+    ("9p", ninep::mount),
     ("bind", bind::mount),
     ("blk", block::mount),
     ("ephemeral", ephemeral::mount),
+    (multi_layer::DRIVER, multi_layer::mount),
     ("local", local::mount),
     ("mmioblk", block::mount),
+    ("nvdimm", pmem::mount),
     ("overlayfs", overlay::mount),
     ("scsi", block::mount),
     ("virtio-fs", virtiofs::mount),
@@ -58,11 +67,21 @@ pub(crate) fn drivers() -> Vec<String> {
     DRIVERS.iter().map(|(name, _)| (*name).to_owned()).collect()
 }
 
+/// One mount that is asked for.
+#[derive(Clone, Debug, PartialEq)]
+struct Wanted {
+    storage: Storage,
+    /// The storages it is put together from, if it is from several.
+    layers: Vec<Storage>,
+}
+
 /// What a driver is to do, and with what.
 struct Job {
     storage: Storage,
     /// The file of the device that the storage stands on, if it stands on one.
     node: Option<PathBuf>,
+    /// The storages it is put together from, and their devices.
+    layers: Vec<(Storage, PathBuf)>,
     /// The container that it is for; none if it is for the pod.
     container: Option<String>,
     /// Loads modules and runs programs.
@@ -84,7 +103,7 @@ pub(crate) struct Storages {
 struct Slot {
     users: usize,
     /// What was asked for, and what was done about it.
-    mounted: Option<(Storage, Mounted)>,
+    mounted: Option<(Wanted, Mounted)>,
     /// The slot has left the table: whoever still holds it looks for a new one.
     gone: bool,
 }
@@ -128,8 +147,8 @@ impl Storages {
         container: Option<&str>,
     ) -> Result<Vec<String>> {
         let mut added = Vec::new();
-        for storage in storages {
-            match self.add(storage, container).await {
+        for wanted in multi_layer::group(storages)? {
+            match self.add(wanted, container).await {
                 Ok(mount_point) => added.push(mount_point),
                 Err(error) => {
                     self.release_all(&added).await;
@@ -140,10 +159,10 @@ impl Storages {
         Ok(added)
     }
 
-    async fn add(&self, mut storage: Storage, container: Option<&str>) -> Result<String> {
-        let driver = check(&storage)?;
-        storage.mount_point = mount::point(&storage.mount_point, self.guest.init)?;
-        let mount_point = storage.mount_point.clone();
+    async fn add(&self, mut wanted: Wanted, container: Option<&str>) -> Result<String> {
+        let driver = check(&wanted.storage)?;
+        let mount_point = mount::point(&wanted.storage.mount_point, self.guest.init)?;
+        wanted.storage.mount_point.clone_from(&mount_point);
         loop {
             let slot = Arc::clone(lock(&self.slots).entry(mount_point.clone()).or_default());
             let mut slot = slot.lock().await;
@@ -151,9 +170,9 @@ impl Storages {
                 continue;
             }
             match &slot.mounted {
-                Some((present, _)) => same(present, &storage)?,
-                None => match self.mount(driver, storage.clone(), container).await {
-                    Ok(mounted) => slot.mounted = Some((storage, mounted)),
+                Some((present, _)) => same(present, &wanted)?,
+                None => match self.mount(driver, wanted.clone(), container).await {
+                    Ok(mounted) => slot.mounted = Some((wanted, mounted)),
                     Err(error) => {
                         self.forget(&mount_point, &mut slot);
                         return Err(error);
@@ -165,12 +184,14 @@ impl Storages {
         }
     }
 
-    /// Finds the device, then has the driver do its work. A failure leaves nothing.
-    async fn mount(&self, driver: Driver, storage: Storage, container: Option<&str>) -> Result<Mounted> {
-        let node = backing::find(&self.guest, &self.devices, &storage).await?;
-        let guest = Arc::clone(&self.guest);
+    /// Finds the devices, then has the driver do its work. A failure leaves nothing.
+    async fn mount(&self, driver: Driver, wanted: Wanted, container: Option<&str>) -> Result<Mounted> {
+        let Wanted { storage, layers } = wanted;
+        let (guest, container) = (Arc::clone(&self.guest), container.map(str::to_owned));
+        let node = backing::find(&guest, &self.devices, &storage).await?;
+        let layers = multi_layer::find(&guest, &self.devices, layers).await?;
         let copies = Arc::clone(&self.copies);
-        let job = Job { storage, node, container: container.map(str::to_owned), guest, copies };
+        let job = Job { storage, node, layers, container, guest, copies };
         blocking(move || {
             let mut mounted = Mounted { keep: job.storage.shared, ..Mounted::default() };
             let done = driver(&job, &mut mounted).and_then(|()| fs_group::apply(&job.storage));
@@ -202,7 +223,7 @@ impl Storages {
         }
         for (wanted, slot) in slots {
             let slot = slot.lock().await;
-            let present = slot.mounted.as_ref().map(|(present, _)| present.clone());
+            let present = slot.mounted.as_ref().map(|(present, _)| present.storage.clone());
             let present = present.filter(|present| present.driver == wanted.driver);
             let present = present.ok_or_else(|| not_ephemeral(&wanted.mount_point))?;
             blocking(move || ephemeral::update(&present, &wanted)).await?;
@@ -236,9 +257,9 @@ impl Storages {
         let keep = slot.mounted.as_ref().is_some_and(|(_, mounted)| mounted.keep);
         if last || (slot.users == 0 && !keep) {
             self.forget(mount_point, &mut slot);
-            if let Some((storage, mounted)) = slot.mounted.take() {
+            if let Some((wanted, mounted)) = slot.mounted.take() {
                 let undone = blocking(move || {
-                    mounted.undo(&storage.mount_point);
+                    mounted.undo(&wanted.storage.mount_point);
                     Ok(())
                 });
                 if let Err(error) = undone.await {
@@ -271,20 +292,21 @@ fn not_ephemeral(mount_point: &str) -> Error {
 }
 
 /// Who finds a mount point in use gets what is there, so that must be what he asks for.
-fn same(present: &Storage, wanted: &Storage) -> Result<()> {
+fn same(present: &Wanted, wanted: &Wanted) -> Result<()> {
     // Whether it outlives its users was settled by the first.
-    if *present == (Storage { shared: present.shared, ..wanted.clone() }) {
+    let storage = Storage { shared: present.storage.shared, ..wanted.storage.clone() };
+    if present.storage == storage && present.layers == wanted.layers {
         return Ok(());
     }
+    let describe = |wanted: &Wanted| {
+        let Storage { driver, source, options, .. } = &wanted.storage;
+        format!("{driver} storage {source:?} with the options {options:?}")
+    };
     Err(Error::State(format!(
-        "the mount point {:?} is in use by {} storage {:?} with the options {:?}; {} storage {:?} with the options {:?} needs another",
-        present.mount_point,
-        present.driver,
-        present.source,
-        present.options,
-        wanted.driver,
-        wanted.source,
-        wanted.options,
+        "the mount point {:?} is in use by another storage: {}, not {}",
+        present.storage.mount_point,
+        describe(present),
+        describe(wanted)
     )))
 }
 
@@ -339,7 +361,7 @@ mod tests {
     use super::*;
 
     fn storages() -> Storages {
-        Storages::new(Arc::new(Guest::plain()), Arc::new(Devices::new(Duration::ZERO)))
+        Storages::new(Arc::new(Guest::plain()), Arc::new(Devices::new(Duration::ZERO, false)))
     }
 
     fn local(mount_point: &std::path::Path) -> Storage {
@@ -374,10 +396,78 @@ mod tests {
         let good = Storage { shared: false, ..local(&directory.path().join("a")) };
         let bad = Storage { mount_point: "relative".into(), ..good.clone() };
         assert!(storages.add_all(vec![good, bad], None).await.is_err());
-        let users: Vec<_> = lock(&storages.slots).values().cloned().collect();
-        for slot in users {
-            assert_eq!(slot.lock().await.users, 0);
+        let slots: Vec<_> = lock(&storages.slots).values().cloned().collect();
+        assert_eq!(slots.len(), 1, "the good one was there, and is kept");
+        assert_eq!(slots[0].lock().await.users, 0);
+    }
+
+    /// A bind of `/run/from` to `/run/to`, which is not kept.
+    fn bound(options: &[&str]) -> Storage {
+        Storage {
+            driver: "bind".into(),
+            source: "/run/from".into(),
+            mount_point: "/run/to".into(),
+            options: options.iter().map(|option| (*option).to_owned()).collect(),
+            ..Default::default()
         }
+    }
+
+    fn alone_with(test: impl AsyncFnOnce(Storages) + Send) {
+        disks::alone(|| {
+            // Threads have the mounts of the one that makes them.
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
+            runtime.block_on(test(storages()));
+        });
+    }
+
+    #[test]
+    fn the_last_of_several_users_undoes_it_once() {
+        alone_with(async |storages| {
+            std::fs::write("/run/from", "x").unwrap();
+            let first = storages.add_all(vec![bound(&["ro"])], Some("a")).await.unwrap();
+            let slash = Storage { mount_point: "//run/to/".into(), ..bound(&["ro"]) };
+            let second = storages.add_all(vec![slash], Some("b")).await.unwrap();
+            assert_eq!(disks::mounts_below("/run"), ["/run/to"], "mounted once");
+            storages.release_all(&first).await;
+            assert_eq!(std::fs::read_to_string("/run/to").unwrap(), "x");
+            storages.release_all(&second).await;
+            assert!(disks::mounts_below("/run").is_empty());
+            assert!(!Path::new("/run/to").exists(), "the file it was bound to was the agent's");
+            assert!(lock(&storages.slots).is_empty());
+        });
+    }
+
+    #[test]
+    fn a_second_user_gets_what_it_asks_for_or_an_error() {
+        alone_with(async |storages| {
+            std::fs::write("/run/from", "x").unwrap();
+            std::fs::write("/run/other", "y").unwrap();
+            storages.add_all(vec![bound(&["ro"])], Some("a")).await.unwrap();
+            let other = Storage { source: "/run/other".into(), ..bound(&["ro"]) };
+            for storage in [bound(&[]), other] {
+                let error = storages.add_all(vec![storage], Some("b")).await.unwrap_err();
+                assert!(matches!(&error, Error::State(text) if text.contains("/run/to")), "{error}");
+            }
+            let shared = Storage { shared: true, ..bound(&["ro"]) };
+            storages.add_all(vec![shared], Some("c")).await.unwrap();
+            storages.clear().await;
+            assert!(disks::mounts_below("/run").is_empty());
+        });
+    }
+
+    #[test]
+    fn a_failure_leaves_no_mount_and_no_file_of_the_request() {
+        alone_with(async |storages| {
+            std::fs::write("/run/from", "x").unwrap();
+            let bad = Storage { mount_point: "/run/x/y".into(), source: "/run/gone".into(), ..bound(&[]) };
+            let unknown = Storage { driver: "floppy".into(), ..bound(&[]) };
+            for last in [bad, unknown] {
+                assert!(storages.add_all(vec![bound(&[]), last], Some("a")).await.is_err());
+                assert!(disks::mounts_below("/run").is_empty());
+                assert!(!Path::new("/run/to").exists());
+                assert!(lock(&storages.slots).is_empty());
+            }
+        });
     }
 
     #[tokio::test]
