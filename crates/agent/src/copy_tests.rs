@@ -404,8 +404,7 @@ fn any_sequence_of_copies_does_what_the_model_says() {
         };
         let mut history = Vec::new();
         for step in 0..60 {
-            let path =
-                (0..=random(4)).map(|_| names[random(names.len())]).collect::<Vec<_>>().join("/");
+            let path = (0..=random(4)).map(|_| names[random(names.len())]).collect::<Vec<_>>().join("/");
             let (node, made) = match random(3) {
                 0 => (Kind::Directory, request(&path, libc::S_IFDIR | 0o755, b"")),
                 1 => {

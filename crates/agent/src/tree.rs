@@ -137,7 +137,8 @@ mod tests {
         symlink("../..", tree.path().join("a/out")).unwrap();
         symlink("/", tree.path().join("absolute")).unwrap();
         let root = directory(tree.path());
-        let open = |path: &str| open_below(&root, Path::new(path), OFlags::PATH | OFlags::DIRECTORY).map(drop);
+        let open =
+            |path: &str| open_below(&root, Path::new(path), OFlags::PATH | OFlags::DIRECTORY).map(drop);
         for path in ["", "a", "in/b", "a/up/b"] {
             assert_eq!(open(path), Ok(()), "{path:?}");
         }

@@ -31,9 +31,9 @@ const SILENT: usize = 4;
 
 /// Opens a volume by the path a request gives. Blocks.
 fn open(path: &str, flags: OFlags) -> Result<OwnedFd> {
-    let plain = Path::new(path).components().all(|part| {
-        matches!(part, std::path::Component::RootDir | std::path::Component::Normal(_))
-    });
+    let plain = Path::new(path)
+        .components()
+        .all(|part| matches!(part, std::path::Component::RootDir | std::path::Component::Normal(_)));
     if !path.starts_with('/') || !plain || path.contains('\0') || path.len() > 4095 {
         return Err(Error::Invalid(format!(
             "a volume has an absolute path without \"..\", which {path:.200?} is not"

@@ -77,8 +77,8 @@ const KEPT: MountFlags = MountFlags::RDONLY
 
 /// Not a remount, which would set the mount's flags anew as well.
 fn reconfigure(target: &Target, options: &[String], what: impl Fn() -> String + Copy) -> Result<()> {
-    let tmpfs =
-        rustix::mount::fspick(rustix::fs::CWD, target.fixed_path(), FsPickFlags::FSPICK_CLOEXEC).during(what)?;
+    let tmpfs = rustix::mount::fspick(rustix::fs::CWD, target.fixed_path(), FsPickFlags::FSPICK_CLOEXEC)
+        .during(what)?;
     for option in options {
         let set = match option.split_once('=') {
             Some((key, value)) => rustix::mount::fsconfig_set_string(&tmpfs, key, value),
@@ -103,10 +103,8 @@ fn reconfigure(target: &Target, options: &[String], what: impl Fn() -> String + 
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
-
     use super::*;
-    use crate::{boot::Guest, device::Devices, storage::Storages};
+    use crate::storage::apart::apart;
 
     fn storage(mount_point: &str, options: &[&str]) -> Storage {
         Storage {
@@ -117,26 +115,6 @@ mod tests {
             options: options.iter().map(|option| (*option).into()).collect(),
             ..Default::default()
         }
-    }
-
-    /// Runs a test in a mount namespace of its own; threads that it starts are in it as well.
-    fn apart(test: impl AsyncFnOnce(Storages, String) + Send + 'static) {
-        std::thread::spawn(move || {
-            #[expect(deprecated, reason = "the one call that is not unsafe; no descriptors are shared by it")]
-            rustix::thread::unshare(rustix::thread::UnshareFlags::NEWNS | rustix::thread::UnshareFlags::FS)
-                .unwrap();
-            let private =
-                rustix::mount::MountPropagationFlags::PRIVATE | rustix::mount::MountPropagationFlags::REC;
-            rustix::mount::mount_change("/", private).unwrap();
-            let directory = tempfile::tempdir().unwrap();
-            let path = directory.path().join("memory").to_str().unwrap().to_owned();
-            let guest = Arc::new(Guest::plain());
-            let storages = Storages::new(guest, Arc::new(Devices::new(std::time::Duration::ZERO)));
-            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-            runtime.block_on(test(storages, path));
-        })
-        .join()
-        .unwrap();
     }
 
     fn bytes(path: &str) -> u64 {
@@ -152,18 +130,16 @@ mod tests {
     #[test]
     fn every_option_is_honoured_and_an_update_changes_the_size_and_nothing_else() {
         apart(async |storages, path| {
-            let options = ["noexec,nosuid", "nodev", "mode=1711", "size=1048576", "nr_inodes=100", "fsgid=77"];
+            let path = format!("{path}/memory");
+            let options =
+                ["noexec,nosuid", "nodev", "mode=1711", "size=1048576", "nr_inodes=100", "fsgid=77"];
             storages.add_all(vec![storage(&path, &options)], Some("c")).await.unwrap();
             assert_eq!(bytes(&path), 1 << 20);
             for word in ["noexec", "nosuid", "nodev", "nr_inodes=100", "mode=3711", "gid=77"] {
                 // The options that the mount was made with are told until the root's inode says otherwise.
                 let status = rustix::fs::stat(&path).unwrap();
-                let told = format!(
-                    "{} mode={:o} gid={}",
-                    mount_line(&path),
-                    status.st_mode & 0o7777,
-                    status.st_gid
-                );
+                let told =
+                    format!("{} mode={:o} gid={}", mount_line(&path), status.st_mode & 0o7777, status.st_gid);
                 assert!(told.contains(word), "{word}: {told}");
             }
             std::fs::write(format!("{path}/data"), vec![7; 900_000]).unwrap();
@@ -189,6 +165,7 @@ mod tests {
     #[test]
     fn only_what_is_mounted_and_ephemeral_is_updated() {
         apart(async |storages, path| {
+            let path = format!("{path}/memory");
             let update = |storage: Storage| storages.update_ephemeral(vec![storage]);
             let error = update(storage(&path, &["size=1m"])).await.unwrap_err();
             assert!(matches!(error, Error::State(_)), "{error:?}");
@@ -207,6 +184,7 @@ mod tests {
     #[test]
     fn huge_pages_are_left_alone_by_a_plain_agent() {
         apart(async |storages, path| {
+            let path = format!("{path}/memory");
             let huge = Storage {
                 fstype: "hugetlbfs".into(),
                 source: "nodev".into(),

@@ -14,6 +14,7 @@ use bulkhead_protocol::{agent::Storage, types::FSGroupChangePolicy};
 use rustix::{
     fs::{Gid, OFlags, Stat},
     io::Errno,
+    mount::MountFlags,
 };
 
 use super::mount::Options;
@@ -21,7 +22,6 @@ use crate::{
     error::{During, Result},
     tree,
 };
-use rustix::mount::MountFlags;
 
 const SET_GID: u32 = 0o2000;
 
@@ -193,20 +193,12 @@ mod tests {
     fn what_is_mounted_in_the_volume_is_not_entered() {
         let (volume, _outside) = volume();
         let path = volume.path().to_owned();
-        std::thread::spawn(move || {
-            #[expect(deprecated, reason = "the one call that is not unsafe; this thread shares no descriptors by it")]
-            rustix::thread::unshare(rustix::thread::UnshareFlags::NEWNS | rustix::thread::UnshareFlags::FS)
-                .unwrap();
-            let private = rustix::mount::MountPropagationFlags::PRIVATE
-                | rustix::mount::MountPropagationFlags::REC;
-            rustix::mount::mount_change("/", private).unwrap();
+        crate::storage::apart::alone(move || {
             let below = path.join("a/b");
             rustix::mount::mount("tmpfs", &below, "tmpfs", MountFlags::empty(), c"mode=0700").unwrap();
             apply(&storage(&path, FSGroupChangePolicy::Always, &[])).unwrap();
             assert_eq!(look(&below), (0, 0o700));
             assert_eq!(look(&path.join("a")), (4242, 0o2770));
-        })
-        .join()
-        .unwrap();
+        });
     }
 }

@@ -29,7 +29,9 @@ impl Need {
     /// Reads the values of `pagesize=` and `size=`: bytes, or with a unit K, M or G.
     pub(super) fn parse(page: Option<String>, size: Option<String>) -> Result<Need> {
         let (Some(page), Some(size)) = (page, size) else {
-            return Err(Error::Invalid("hugetlbfs needs the options pagesize=<bytes> and size=<bytes>".into()));
+            return Err(Error::Invalid(
+                "hugetlbfs needs the options pagesize=<bytes> and size=<bytes>".into(),
+            ));
         };
         let need = Need { page: bytes(&page)?, size: bytes(&size)? };
         if need.page < 1024 || need.size == 0 {

@@ -20,6 +20,8 @@ mod virtiofs;
 mod watchable;
 
 #[cfg(test)]
+mod apart;
+#[cfg(test)]
 mod disks;
 
 use std::{
@@ -109,7 +111,7 @@ struct Slot {
 }
 
 /// What a driver did.
-#[derive(Default)]
+#[derive(Debug, Default)]
 struct Mounted {
     /// How to undo it, last step first.
     undo: Vec<Undo>,
@@ -127,7 +129,10 @@ enum Undo {
     /// A directory of the agent's own.
     RemoveTree(PathBuf),
     /// To the guest's pool of huge pages.
-    GiveBackPages { pool: PathBuf, pages: u64 },
+    GiveBackPages {
+        pool: PathBuf,
+        pages: u64,
+    },
     /// The memory that copies are in.
     LeaveDirectory(Arc<watchable::Copies>, PathBuf),
     RemoveCopy(PathBuf),
@@ -338,7 +343,10 @@ impl Undo {
             Undo::RemoveFile(path) => remove(path, std::fs::remove_file(path)),
             Undo::RemoveTree(path) => remove(path, std::fs::remove_dir_all(path)),
             Undo::GiveBackPages { pool, pages } => hugepages::give_back(pool, *pages),
-            Undo::LeaveDirectory(copies, directory) => copies.leave_directory(directory),
+            Undo::LeaveDirectory(copies, directory) => {
+                copies.leave_directory(directory);
+                Ok(())
+            }
             Undo::RemoveCopy(path) => watchable::remove_copy(path),
             Undo::Unwatch(watched) => {
                 watched.stop();
