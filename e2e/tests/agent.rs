@@ -5,6 +5,8 @@
 mod containment;
 #[path = "agent/faults.rs"]
 mod faults;
+#[path = "agent/files.rs"]
+mod files;
 #[path = "agent/load.rs"]
 mod load;
 #[path = "agent/rpc.rs"]
@@ -19,6 +21,7 @@ use bulkhead_e2e::{Case, run};
 const FAMILIES: &[&[Case]] = &[
     containment::CASES,
     faults::CASES,
+    files::CASES,
     load::CASES,
     rpc::CASES,
 ];

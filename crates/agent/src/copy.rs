@@ -112,7 +112,7 @@ impl Copy {
         let wrong = |what: String| Err(Error::Invalid(format!("copy to {:?}: {what}", request.path)));
         let (Ok(size), Ok(offset)) = (u64::try_from(request.file_size), u64::try_from(request.offset)) else {
             return wrong(format!(
-                "a size of {} and an offset of {} are not both positive",
+                "a size of {} and an offset of {} must not be negative",
                 request.file_size, request.offset
             ));
         };
@@ -148,7 +148,7 @@ impl Copy {
 
 /// Sorts a path of a request into the directory below the share's root and the name in it.
 fn place(path: &str) -> Result<(PathBuf, CString)> {
-    let wrong = |what: String| Error::Invalid(format!("copy to {path:.200?}: {what}"));
+    let wrong = |what: String| Error::Invalid(format!("copy to {path:?}: {what}"));
     let below = path
         .strip_prefix(GUEST_SHARE)
         .filter(|below| below.starts_with('/'))

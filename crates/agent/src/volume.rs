@@ -36,7 +36,7 @@ fn open(path: &str, flags: OFlags) -> Result<OwnedFd> {
         .all(|part| matches!(part, std::path::Component::RootDir | std::path::Component::Normal(_)));
     if !path.starts_with('/') || !plain || path.contains('\0') || path.len() > 4095 {
         return Err(Error::Invalid(format!(
-            "a volume has an absolute path without \"..\", which {path:.200?} is not"
+            "a volume has an absolute path without \"..\", which {path:?} is not"
         )));
     }
     tree::open(Path::new(path), flags).map_err(|errno| match errno {

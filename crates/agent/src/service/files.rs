@@ -31,7 +31,7 @@ pub(super) async fn diagnostic_data(
 ) -> Result<GetDiagnosticDataResponse> {
     if request.log_type != TERMINATION_LOG {
         return Err(Error::Invalid(format!(
-            "diagnostic data of type {:.100?}; there is {TERMINATION_LOG:?}",
+            "diagnostic data of type {:?}; there is {TERMINATION_LOG:?}",
             request.log_type
         )));
     }

@@ -85,12 +85,11 @@ fn give(file: BorrowedFd<'_>, status: &Stat, grant: Grant, depth: usize) -> rust
             }
         }
     }
-    let owned = status.st_gid == grant.gid;
-    if !owned {
+    if status.st_gid != grant.gid {
         tree::set_owner(file, None, Some(Gid::from_raw(grant.gid)))?;
     }
     // A link has no mode. A change of owner takes the set-id bits of a file away, so they are set again.
-    if !kind.is_symlink() && !(owned && grant.fits(status)) {
+    if !kind.is_symlink() && !grant.fits(status) {
         tree::set_mode(file, grant.mode(status))?;
     }
     Ok(())

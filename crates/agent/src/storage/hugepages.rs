@@ -1,9 +1,6 @@
 //! The guest's pool of huge pages: each user adds what it needs and gives it back.
 
-use std::{
-    path::{Path, PathBuf},
-    sync::Mutex,
-};
+use std::{path::Path, sync::Mutex};
 
 use super::Undo;
 use crate::{
@@ -88,7 +85,7 @@ fn bytes(text: &str) -> Result<u64> {
     let number: Option<u64> = digits.parse().ok();
     number
         .and_then(|number| number.checked_mul(1 << shift))
-        .ok_or_else(|| Error::Invalid(format!("{text:.40?} is no number of bytes")))
+        .ok_or_else(|| Error::Invalid(format!("{text:?} is no number of bytes")))
 }
 
 fn read(pool: &Path) -> Result<u64> {
@@ -102,6 +99,8 @@ fn write(pool: &Path, pages: u64) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use std::path::PathBuf;
+
     use super::*;
 
     fn pool(pages: u64) -> (tempfile::TempDir, PathBuf) {
