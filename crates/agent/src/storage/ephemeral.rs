@@ -159,6 +159,7 @@ mod tests {
             let line = mount_line(&path);
             assert!(line.contains(" ro,") && line.contains("noexec"), "{line}");
             storages.clear().await;
+            assert!(!std::fs::exists(&path).unwrap(), "neither mount nor mount point is left");
         });
     }
 
