@@ -11,6 +11,8 @@ mod files;
 mod load;
 #[path = "agent/rpc.rs"]
 mod rpc;
+#[path = "agent/storage.rs"]
+mod storage;
 
 use std::process::ExitCode;
 
@@ -24,6 +26,7 @@ const FAMILIES: &[&[Case]] = &[
     files::CASES,
     load::CASES,
     rpc::CASES,
+    storage::CASES,
 ];
 
 fn main() -> ExitCode {
