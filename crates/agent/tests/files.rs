@@ -55,7 +55,7 @@ fn piece(path: &str, size: usize, offset: usize, data: &[u8]) -> CopyFileRequest
 #[tokio::test]
 async fn a_file_comes_in_pieces_and_a_container_reads_it() {
     let agent = agent_or_skip!();
-    let content: Vec<u8> = (0..(5 << 20) + 17u32).map(|n| (n * 31 >> 3).to_le_bytes()[0]).collect();
+    let content: Vec<u8> = (0..(5 << 20) + 17u32).map(|n| ((n * 31) >> 3).to_le_bytes()[0]).collect();
     for (n, data) in content.chunks(1 << 20).enumerate() {
         assert!(!inside(&agent, &format!("{GUEST_SHARE}/volume/big")).exists());
         let request = piece("volume/big", content.len(), n << 20, data);

@@ -132,7 +132,7 @@ fn memory_volumes_keep_their_options_grow_and_huge_pages_add_up(scratch: &Scratc
         let total = agent.line("c1", "total", "grep HugePages_Total /proc/meminfo").await?;
         ensure!(total.split_whitespace().last() == Some("7"), "{total}");
         let mounted = agent.line("c2", "mounted", "grep ' /huge ' /proc/mounts").await?;
-        ensure!(mounted.contains("hugetlbfs") && mounted.contains("size=8192K"), "{mounted}");
+        ensure!(mounted.contains("hugetlbfs") && mounted.contains("size=8388608"), "{mounted}");
         let too_much = CreateContainerRequest {
             container_id: "c3".into(),
             OCI: MessageField::some(agent.spec(&["true"])),
@@ -204,7 +204,8 @@ fn watched_volumes_follow_the_host(scratch: &Scratch) -> anyhow::Result<()> {
         ensure!(first == "one", "{first:?}");
         ensure!(agent.line("c1", "kind", "stat -f -c %T /config").await?.contains("tmpfs"));
         // Whatever moment it looks at, all keys are of one version.
-        let look = "cd -P /config/..data && for k in key*; do head -c 3 $k; tail -c 3 $k; done | fold -w 3 | sort -u";
+        // It may meet the end of one, as on the host, and then finds nothing of it any more.
+        let look = "cd -P /config/..data && for k in key*; do head -c 3 $k; tail -c 3 $k; done 2>/dev/null | fold -w 3 | sort -u";
         publish(&volume, "two", 40)?;
         let start = Instant::now();
         for n in 0.. {
@@ -212,7 +213,7 @@ fn watched_volumes_follow_the_host(scratch: &Scratch) -> anyhow::Result<()> {
             if seen.trim() == "two" {
                 break;
             }
-            ensure!(seen.trim() == "one", "two versions at once: {seen:?}");
+            ensure!(matches!(seen.trim(), "" | "one"), "two versions at once: {seen:?}");
             ensure!(start.elapsed() < PATIENCE, "the change is not seen");
             tokio::time::sleep(std::time::Duration::from_millis(200)).await;
         }
