@@ -9,6 +9,8 @@ mod memory;
 mod containment;
 #[path = "agent/faults.rs"]
 mod faults;
+#[path = "agent/files.rs"]
+mod files;
 #[path = "agent/load.rs"]
 mod load;
 #[path = "agent/rpc.rs"]
@@ -27,6 +29,7 @@ const FAMILIES: &[&[Case]] = &[
     memory::CASES,
     containment::CASES,
     faults::CASES,
+    files::CASES,
     load::CASES,
     rpc::CASES,
     storage::CASES,

@@ -15,6 +15,7 @@ use std::{
 use bulkhead_protocol::oci;
 
 use crate::{
+    diagnostics,
     error::{During, Error, Result},
     process::Process,
     reaper::Reaper,
@@ -33,6 +34,8 @@ pub(crate) struct Container {
     execs: Mutex<Execs>,
     /// Mount points of the storages it uses, in the order they were mounted.
     pub(crate) storages: Vec<String>,
+    /// The file in the guest that holds its termination message, if it has one.
+    pub(crate) termination_log: Option<String>,
 }
 
 /// What an id of a process stands for.
@@ -67,12 +70,13 @@ impl Container {
         reaper: &Arc<Reaper>,
     ) -> Result<Arc<Container>> {
         let id = config.id.clone();
+        let termination_log = diagnostics::termination_log(&config.spec);
         let spawning = reaper.spawning();
         let (executor, process) = blocking(move || Ok(bulkhead_executor::Container::create(config)?)).await?;
         let executor = Arc::new(executor);
         let exiting = Arc::clone(&executor);
         let init = Process::adopt(process, pipe_size, &spawning, Box::new(move |_| exiting.exited()))?;
-        Ok(Arc::new(Container { id, executor, init, execs: Mutex::default(), storages }))
+        Ok(Arc::new(Container { id, executor, init, execs: Mutex::default(), storages, termination_log }))
     }
 
     /// Its id.

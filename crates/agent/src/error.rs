@@ -24,6 +24,9 @@ pub(crate) enum Error {
         /// The exec id.
         exec: String,
     },
+    /// Something else that the request names is not there.
+    #[error("{0}")]
+    NotFound(String),
     /// The id is taken by a container, or the sandbox is there already.
     #[error("{0} already exists")]
     Exists(String),
@@ -58,7 +61,7 @@ impl Error {
         use bulkhead_executor::Error as Executor;
         match self {
             Error::Invalid(_) | Error::UnknownContainer(_) => Kind::InvalidArgument,
-            Error::UnknownProcess { .. } => Kind::NotFound,
+            Error::UnknownProcess { .. } | Error::NotFound(_) => Kind::NotFound,
             Error::Unsupported(_) => Kind::Unimplemented,
             Error::Exists(_) => Kind::AlreadyExists,
             Error::State(_) => Kind::FailedPrecondition,

@@ -10,12 +10,15 @@
 mod boot;
 mod cmdline;
 mod container;
+mod copy;
 mod device;
+mod diagnostics;
 mod dispatch;
 mod error;
 mod hotplug;
 mod log;
 mod metrics;
+mod mirror;
 mod modules;
 mod namespaces;
 mod network;
@@ -33,6 +36,9 @@ mod stream;
 mod sync;
 mod sys;
 mod trace;
+mod tree;
+mod volume;
+mod watcher;
 
 use std::{
     process::ExitCode,

@@ -16,7 +16,7 @@ use std::{
 };
 
 use bulkhead_protocol::{
-    agent::{CreateContainerRequest, CreateSandboxRequest},
+    agent::{CreateContainerRequest, CreateSandboxRequest, Storage},
     oci,
 };
 use tokio::sync::Notify;
@@ -321,6 +321,11 @@ impl Sandbox {
         self.oom.close();
         lock(&self.state).shared = Shared::default();
         self.ended.notify_one();
+    }
+
+    /// Changes what ephemeral storages are mounted with.
+    pub(crate) async fn update_ephemeral(&self, storages: Vec<Storage>) -> Result<()> {
+        self.storages.update_ephemeral(storages).await
     }
 
     /// Waits for the end of the sandbox.

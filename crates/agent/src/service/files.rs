@@ -1,22 +1,50 @@
 //! Files from the host, and files for it.
 
+use std::sync::Arc;
+
 use bulkhead_protocol::{
     Empty,
     agent::{CopyFileRequest, GetDiagnosticDataRequest, GetDiagnosticDataResponse},
 };
 
 use super::Service;
-use crate::error::{Error, Result};
+use crate::{
+    diagnostics,
+    error::{During, Error, Result},
+    sync::blocking,
+};
 
-/// Not built yet.
-pub(super) async fn copy(_: &Service, _: CopyFileRequest) -> Result<Empty> {
-    Err(Error::Unsupported("the request CopyFile".into()))
+/// The only kind of diagnostic data.
+const TERMINATION_LOG: &str = "termination_log";
+
+/// Makes a file, a directory or a link below the share, or writes a piece of a file.
+pub(super) async fn copy(service: &Service, request: CopyFileRequest) -> Result<Empty> {
+    let copies = Arc::clone(&service.copies);
+    blocking(move || copies.copy(request)).await?;
+    Ok(Empty::new())
 }
 
-/// Not built yet.
+/// Reads what a container left at its termination message path.
 pub(super) async fn diagnostic_data(
-    _: &Service,
-    _: GetDiagnosticDataRequest,
+    service: &Service,
+    request: GetDiagnosticDataRequest,
 ) -> Result<GetDiagnosticDataResponse> {
-    Err(Error::Unsupported("the request GetDiagnosticData".into()))
+    if request.log_type != TERMINATION_LOG {
+        return Err(Error::Invalid(format!(
+            "diagnostic data of type {:?}; there is {TERMINATION_LOG:?}",
+            request.log_type
+        )));
+    }
+    let container = service.sandbox.container(&request.container_id)?;
+    let source = container.termination_log.clone().ok_or_else(|| {
+        Error::State(format!(
+            "container {:?} has no termination log: no mount is at the path its annotations name",
+            request.container_id
+        ))
+    })?;
+    let data = blocking(move || {
+        diagnostics::read(&source).during(|| format!("read the termination log {source:?}"))
+    })
+    .await?;
+    Ok(GetDiagnosticDataResponse { data, ..Default::default() })
 }

@@ -19,17 +19,20 @@ use bulkhead_protocol::{
     agent_ttrpc::{AgentService, create_agent_service},
     csi::VolumeStatsResponse,
     health_ttrpc::create_health,
+    ports::GUEST_SHARE,
     protobuf::Message,
     types::Interface,
 };
 use ttrpc::r#async::TtrpcContext;
 
-use crate::{metrics::Metrics, policy::Policy, sandbox::Sandbox, trace::Tracer};
+use crate::{copy::Copies, metrics::Metrics, policy::Policy, sandbox::Sandbox, trace::Tracer, volume::Sweep};
 
 /// What every RPC works on.
 pub(crate) struct Service {
     sandbox: Arc<Sandbox>,
     metrics: Metrics,
+    copies: Arc<Copies>,
+    sweep: Sweep,
     policy: Policy,
     tracer: Tracer,
 }
@@ -39,6 +42,8 @@ pub(crate) fn services(sandbox: Arc<Sandbox>, metrics: Metrics) -> HashMap<Strin
     let mut services = create_agent_service(Arc::new(Service {
         sandbox,
         metrics,
+        copies: Arc::new(Copies::below(GUEST_SHARE)),
+        sweep: Sweep::default(),
         policy: Policy::default(),
         tracer: Tracer::default(),
     }));
@@ -127,21 +132,15 @@ mod tests {
         cmdline::Config,
     };
 
-    const UNBUILT: [&str; 16] = [
+    const UNBUILT: [&str; 10] = [
         "AddARPNeighbors",
-        "CopyFile",
-        "GetDiagnosticData",
         "GetIPTables",
-        "GetVolumeStats",
         "ListInterfaces",
         "ListRoutes",
         "MemAgentCompactSet",
         "MemAgentMemcgSet",
-        "RemoveStaleVirtiofsShareMounts",
-        "ResizeVolume",
         "SetIPTables",
         "SetPolicy",
-        "UpdateEphemeralMounts",
         "UpdateInterface",
         "UpdateRoutes",
     ];

@@ -37,6 +37,7 @@ fn load_modules(guest: &Guest, modules: &[KernelModule]) -> Result<()> {
 
 /// Ends the pod; the server answers, and then the agent ends as well.
 pub(super) async fn destroy(service: &Service, _: DestroySandboxRequest) -> Result<Empty> {
+    service.copies.clear();
     let sandbox = Arc::clone(&service.sandbox);
     to_the_end(async move {
         sandbox.destroy().await;

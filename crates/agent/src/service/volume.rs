@@ -1,5 +1,7 @@
 //! Volumes: their fill, their size, their mounts.
 
+use std::sync::Arc;
+
 use bulkhead_protocol::{
     Empty,
     agent::{
@@ -9,25 +11,42 @@ use bulkhead_protocol::{
     csi::VolumeStatsResponse,
 };
 
-use super::Service;
-use crate::error::{Error, Result};
+use super::{Service, system::own_machine};
+use crate::{
+    error::Result,
+    sync::{blocking, to_the_end},
+    volume,
+};
 
-/// Not built yet.
-pub(super) async fn stats(_: &Service, _: VolumeStatsRequest) -> Result<VolumeStatsResponse> {
-    Err(Error::Unsupported("the request GetVolumeStats".into()))
+/// How full a volume is.
+pub(super) async fn stats(_: &Service, request: VolumeStatsRequest) -> Result<VolumeStatsResponse> {
+    blocking(move || volume::stats(&request.volume_guest_path)).await
 }
 
-/// Not built yet.
-pub(super) async fn remove_stale(_: &Service, _: RemoveStaleVirtiofsShareMountsRequest) -> Result<Empty> {
-    Err(Error::Unsupported("the request RemoveStaleVirtiofsShareMounts".into()))
+/// Looks at every mount of the share; whether they answer is the host's to know.
+pub(super) async fn remove_stale(
+    service: &Service,
+    _: RemoveStaleVirtiofsShareMountsRequest,
+) -> Result<Empty> {
+    service.sweep.run().await?;
+    Ok(Empty::new())
 }
 
-/// Not built yet.
-pub(super) async fn resize(_: &Service, _: ResizeVolumeRequest) -> Result<Empty> {
-    Err(Error::Unsupported("the request ResizeVolume".into()))
+/// Grows a volume's file system.
+pub(super) async fn resize(service: &Service, request: ResizeVolumeRequest) -> Result<Empty> {
+    if !volume::is_the_agents(&request.volume_guest_path) {
+        own_machine(service, "file systems")?;
+    }
+    blocking(move || volume::resize(&request.volume_guest_path, request.size)).await?;
+    Ok(Empty::new())
 }
 
-/// Not built yet.
-pub(super) async fn update_ephemeral(_: &Service, _: UpdateEphemeralMountsRequest) -> Result<Empty> {
-    Err(Error::Unsupported("the request UpdateEphemeralMounts".into()))
+/// Changes the sizes of mounts of the guest's memory.
+pub(super) async fn update_ephemeral(
+    service: &Service,
+    request: UpdateEphemeralMountsRequest,
+) -> Result<Empty> {
+    let sandbox = Arc::clone(&service.sandbox);
+    to_the_end(async move { sandbox.update_ephemeral(request.storages).await }).await?;
+    Ok(Empty::new())
 }

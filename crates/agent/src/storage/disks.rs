@@ -97,7 +97,14 @@ pub(super) fn alone(test: impl FnOnce() + Send) {
 /// What `driver` is asked to do with disks.
 pub(super) fn job(storage: Storage, node: Option<&Path>) -> Job {
     let node = node.map(Path::to_owned);
-    Job { storage, node, layers: Vec::new(), container: Some("c1".into()), guest: Arc::new(Guest::plain()) }
+    Job {
+        storage,
+        node,
+        layers: Vec::new(),
+        container: Some("c1".into()),
+        guest: Arc::new(Guest::plain()),
+        copies: Arc::default(),
+    }
 }
 
 /// As `Storages` does it: a failure is undone.

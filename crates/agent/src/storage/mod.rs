@@ -8,6 +8,8 @@ mod backing;
 mod bind;
 mod block;
 mod ephemeral;
+mod fs_group;
+mod hugepages;
 mod local;
 mod mount;
 mod multi_layer;
@@ -15,7 +17,10 @@ mod ninep;
 mod overlay;
 mod pmem;
 mod virtiofs;
+mod watchable;
 
+#[cfg(test)]
+mod apart;
 #[cfg(test)]
 mod disks;
 
@@ -34,6 +39,7 @@ use crate::{
     device::Devices,
     error::{During, Error, Result},
     sync::{blocking, lock},
+    watcher::Watched,
 };
 
 /// The end of the sandbox waits this long for each storage; a file system whose server is gone must not keep it.
@@ -43,7 +49,7 @@ const FAREWELL: Duration = Duration::from_secs(10);
 type Driver = fn(&Job, &mut Mounted) -> Result<()>;
 
 /// The drivers by the name that a request uses, sorted.
-const DRIVERS: [(&str, Driver); 11] = [
+const DRIVERS: [(&str, Driver); 12] = [
     ("9p", ninep::mount),
     ("bind", bind::mount),
     ("blk", block::mount),
@@ -55,6 +61,7 @@ const DRIVERS: [(&str, Driver); 11] = [
     ("overlayfs", overlay::mount),
     ("scsi", block::mount),
     ("virtio-fs", virtiofs::mount),
+    ("watchable-bind", watchable::mount),
 ];
 
 /// The names of the drivers, sorted.
@@ -81,12 +88,15 @@ struct Job {
     container: Option<String>,
     /// Loads modules and runs programs.
     guest: Arc<Guest>,
+    /// Keeps what is watched up to date.
+    copies: Arc<watchable::Copies>,
 }
 
 /// The storages in use, by mount point.
 pub(crate) struct Storages {
     guest: Arc<Guest>,
     devices: Arc<Devices>,
+    copies: Arc<watchable::Copies>,
     slots: Mutex<HashMap<String, Arc<tokio::sync::Mutex<Slot>>>>,
 }
 
@@ -101,7 +111,7 @@ struct Slot {
 }
 
 /// What a driver did.
-#[derive(Default)]
+#[derive(Debug, Default)]
 struct Mounted {
     /// How to undo it, last step first.
     undo: Vec<Undo>,
@@ -118,12 +128,21 @@ enum Undo {
     RemoveFile(PathBuf),
     /// A directory of the agent's own.
     RemoveTree(PathBuf),
+    /// To the guest's pool of huge pages.
+    GiveBackPages {
+        pool: PathBuf,
+        pages: u64,
+    },
+    /// The memory that copies are in.
+    LeaveDirectory(Arc<watchable::Copies>, PathBuf),
+    RemoveCopy(PathBuf),
+    Unwatch(Watched),
 }
 
 impl Storages {
     /// None yet.
     pub(crate) fn new(guest: Arc<Guest>, devices: Arc<Devices>) -> Storages {
-        Storages { guest, devices, slots: Mutex::default() }
+        Storages { guest, devices, copies: Arc::default(), slots: Mutex::default() }
     }
 
     /// Mounts what is not mounted yet and counts the rest; all or nothing. Returns the mount points, to be released.
@@ -176,10 +195,12 @@ impl Storages {
         let (guest, container) = (Arc::clone(&self.guest), container.map(str::to_owned));
         let node = backing::find(&guest, &self.devices, &storage).await?;
         let layers = multi_layer::find(&guest, &self.devices, layers).await?;
-        let job = Job { storage, node, layers, container, guest };
+        let copies = Arc::clone(&self.copies);
+        let job = Job { storage, node, layers, container, guest, copies };
         blocking(move || {
             let mut mounted = Mounted { keep: job.storage.shared, ..Mounted::default() };
-            match driver(&job, &mut mounted) {
+            let done = driver(&job, &mut mounted).and_then(|()| fs_group::apply(&job.storage));
+            match done {
                 Ok(()) => Ok(mounted),
                 Err(error) => {
                     mounted.undo(&job.storage.mount_point);
@@ -188,6 +209,31 @@ impl Storages {
             }
         })
         .await
+    }
+
+    /// Changes what ephemeral storages are mounted with; all of them must be there before any is changed.
+    pub(crate) async fn update_ephemeral(&self, wanted: Vec<Storage>) -> Result<()> {
+        let mut slots = Vec::new();
+        for storage in wanted {
+            if storage.driver != "ephemeral" {
+                return Err(Error::Invalid(format!(
+                    "the storage on {:?} is of driver {:?}; only ephemeral ones can be updated",
+                    storage.mount_point, storage.driver
+                )));
+            }
+            let mount_point = mount::point(&storage.mount_point, self.guest.init)?;
+            let slot = lock(&self.slots).get(&mount_point).cloned();
+            let slot = slot.ok_or_else(|| not_ephemeral(&mount_point))?;
+            slots.push((Storage { mount_point, ..storage }, slot));
+        }
+        for (wanted, slot) in slots {
+            let slot = slot.lock().await;
+            let present = slot.mounted.as_ref().map(|(present, _)| present.storage.clone());
+            let present = present.filter(|present| present.driver == wanted.driver);
+            let present = present.ok_or_else(|| not_ephemeral(&wanted.mount_point))?;
+            blocking(move || ephemeral::update(&present, &wanted)).await?;
+        }
+        Ok(())
     }
 
     /// Takes back one use of each, last first.
@@ -243,13 +289,11 @@ fn check(storage: &Storage) -> Result<Driver> {
             drivers().join(", ")
         )));
     };
-    if storage.fs_group.is_some() {
-        return Err(Error::Unsupported(format!(
-            "fs_group, which storage {:?} asks for",
-            storage.mount_point
-        )));
-    }
     Ok(*driver)
+}
+
+fn not_ephemeral(mount_point: &str) -> Error {
+    Error::State(format!("no ephemeral storage is mounted on {mount_point:?}"))
 }
 
 /// Who finds a mount point in use gets what is there, so that must be what he asks for.
@@ -298,6 +342,16 @@ impl Undo {
             Undo::RemoveDirectory(path) => remove(path, std::fs::remove_dir(path)),
             Undo::RemoveFile(path) => remove(path, std::fs::remove_file(path)),
             Undo::RemoveTree(path) => remove(path, std::fs::remove_dir_all(path)),
+            Undo::GiveBackPages { pool, pages } => hugepages::give_back(pool, *pages),
+            Undo::LeaveDirectory(copies, directory) => {
+                copies.leave_directory(directory);
+                Ok(())
+            }
+            Undo::RemoveCopy(path) => watchable::remove_copy(path),
+            Undo::Unwatch(watched) => {
+                watched.stop();
+                Ok(())
+            }
         }
     }
 }
