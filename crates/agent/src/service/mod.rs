@@ -24,12 +24,13 @@ use bulkhead_protocol::{
 };
 use ttrpc::r#async::TtrpcContext;
 
-use crate::{metrics::Metrics, policy::Policy, sandbox::Sandbox, trace::Tracer};
+use crate::{metrics::Metrics, network::Network, policy::Policy, sandbox::Sandbox, trace::Tracer};
 
 /// What every RPC works on.
 pub(crate) struct Service {
     sandbox: Arc<Sandbox>,
     metrics: Metrics,
+    network: Arc<Network>,
     policy: Policy,
     tracer: Tracer,
 }
@@ -39,6 +40,7 @@ pub(crate) fn services(sandbox: Arc<Sandbox>, metrics: Metrics) -> HashMap<Strin
     let mut services = create_agent_service(Arc::new(Service {
         sandbox,
         metrics,
+        network: Arc::default(),
         policy: Policy::default(),
         tracer: Tracer::default(),
     }));
@@ -127,27 +129,20 @@ mod tests {
         cmdline::Config,
     };
 
-    const UNBUILT: [&str; 20] = [
-        "AddARPNeighbors",
+    const UNBUILT: [&str; 13] = [
         "AddSwap",
         "AddSwapPath",
         "CopyFile",
         "GetDiagnosticData",
-        "GetIPTables",
         "GetVolumeStats",
-        "ListInterfaces",
-        "ListRoutes",
         "MemAgentCompactSet",
         "MemAgentMemcgSet",
         "MemHotplugByProbe",
         "OnlineCPUMem",
         "RemoveStaleVirtiofsShareMounts",
         "ResizeVolume",
-        "SetIPTables",
         "SetPolicy",
         "UpdateEphemeralMounts",
-        "UpdateInterface",
-        "UpdateRoutes",
     ];
 
     fn context() -> TtrpcContext {
