@@ -1,10 +1,13 @@
 //! A network of a test's own, in a thread that has left the machine's.
 
+use std::time::{Duration, Instant};
+
 use netlink_packet_core::{DefaultNla, Emitable};
 use netlink_packet_route::link::LinkHeader;
 use nix::sched::{CloneFlags, unshare};
 
 use super::{
+    address,
     link::{self, Change, Link},
     netlink::{Existing, Netlink, Request, bytes},
 };
@@ -59,12 +62,22 @@ impl Namespace {
         [self.link(name), self.link(peer)]
     }
 
-    /// As [`Namespace::pair`], and up.
+    /// As [`Namespace::pair`], and up: the kernel has noticed that each has a carrier and given it a link-local address.
     pub(super) fn pair_up(&mut self, name: &str, peer: &str) -> [Link; 2] {
-        for link in self.pair(name, peer) {
+        let links = self.pair(name, peer);
+        for link in &links {
             self.netlink.change(Change::of(link.index).up().request()).unwrap();
         }
-        [self.link(name), self.link(peer)]
+        let start = Instant::now();
+        loop {
+            let addresses = address::list(&mut self.netlink).unwrap();
+            let ready = |link: &Link| addresses.iter().any(|address| address.link == link.index);
+            if links.iter().all(ready) {
+                return [self.link(name), self.link(peer)];
+            }
+            assert!(start.elapsed() < Duration::from_secs(30), "no carrier");
+            std::thread::sleep(Duration::from_millis(5));
+        }
     }
 
     /// The link of a name as it is now.
