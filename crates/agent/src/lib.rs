@@ -11,6 +11,7 @@ mod boot;
 mod cmdline;
 mod container;
 mod device;
+mod dispatch;
 mod error;
 mod log;
 mod metrics;
