@@ -1,6 +1,10 @@
 //! The guest agent in a real VM and as a plain process, alone. A file per family of requests below `agent/`; the runner of
 //! the cases is the crate's, the VMs are `bulkhead_e2e::agent`'s.
 
+#[path = "agent/devices.rs"]
+mod devices;
+#[path = "agent/memory.rs"]
+mod memory;
 #[path = "agent/rpc.rs"]
 mod rpc;
 
@@ -11,6 +15,8 @@ use bulkhead_e2e::{Case, run};
 /// A line a family.
 #[rustfmt::skip]
 const FAMILIES: &[&[Case]] = &[
+    devices::CASES,
+    memory::CASES,
     rpc::CASES,
 ];
 

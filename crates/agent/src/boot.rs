@@ -22,8 +22,10 @@ use rustix::{
 use tokio::sync::watch;
 
 use crate::{
+    device::Places,
     error::{During, Result},
-    modules, network,
+    hotplug, modules, network,
+    reaper::Reaper,
 };
 
 const CGROUPS: &str = "/sys/fs/cgroup";
@@ -32,6 +34,10 @@ const CGROUPS: &str = "/sys/fs/cgroup";
 pub(crate) struct Guest {
     /// The agent is PID 1, and the machine its own.
     pub(crate) init: bool,
+    /// Collects the children.
+    pub(crate) reaper: Arc<Reaper>,
+    /// The directory of the kernel modules that are loaded on demand; see `modules.rs`.
+    pub(crate) on_demand: OnceLock<OwnedFd>,
     cgroups: OnceLock<PathBuf>,
     prepared: watch::Sender<bool>,
 }
@@ -54,12 +60,22 @@ pub(crate) fn uptime() -> Duration {
 impl Guest {
     /// The agent's own machine, which [`finish`] makes ready.
     pub(crate) fn own() -> Guest {
-        Guest { init: true, cgroups: OnceLock::new(), prepared: watch::Sender::new(false) }
+        Guest::new(true)
+    }
+
+    fn new(init: bool) -> Guest {
+        Guest {
+            init,
+            reaper: Arc::default(),
+            on_demand: OnceLock::new(),
+            cgroups: OnceLock::new(),
+            prepared: watch::Sender::new(!init),
+        }
     }
 
     /// A machine that is somebody else's.
     pub(crate) fn plain() -> Guest {
-        let guest = Guest { init: false, cgroups: OnceLock::new(), prepared: watch::Sender::new(true) };
+        let guest = Guest::new(false);
         // Only a cgroup2 with controllers can hold limits; on a hybrid host there is one without.
         let controllers = std::fs::read_to_string(format!("{CGROUPS}/cgroup.controllers"));
         if controllers.is_ok_and(|controllers| !controllers.trim().is_empty()) {
@@ -106,12 +122,26 @@ pub(crate) fn finish(initramfs: Initramfs, guest: Arc<Guest>) {
             tracing::error!(%error, "no loopback interface");
         }
         modules::load(&initramfs.0, "lib/bulkhead/modules/late");
+        let kept = keep_on_demand(&initramfs, &guest);
+        if let Err(error) = hotplug::memory_from_now_on(&Places::default()) {
+            tracing::warn!(%error, "memory that is plugged waits for a request to be used");
+        }
         guest.prepared.send_replace(true);
         tracing::info!(after = ?uptime(), "ready for containers");
-        if let Err(error) = remove_below(&initramfs.0) {
+        if let Err(error) = remove_below(&initramfs.0, kept) {
             tracing::warn!(%error, "the memory of the initramfs is not freed");
         }
     });
+}
+
+/// Leaves the modules that are loaded on demand where they are, within the guest's reach. Returns the directory's identity.
+fn keep_on_demand(initramfs: &Initramfs, guest: &Guest) -> Option<Identity> {
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let directory =
+        rustix::fs::openat(&initramfs.0, "lib/bulkhead/modules/demand", flags, Mode::empty()).ok()?;
+    let kept = identity(&directory).ok()?;
+    guest.on_demand.set(directory).ok()?;
+    Some(kept)
 }
 
 /// Mounts the new root with everything in it, then moves it over `/`. This program stays reachable as `/proc/self/exe`.
@@ -170,8 +200,16 @@ fn directory(path: &str) -> io::Result<OwnedFd> {
     Ok(rustix::fs::open(path, OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?)
 }
 
-/// Deletes all that is in a directory. The program that runs is only unlinked: its memory is its own until it ends.
-fn remove_below(parent: &OwnedFd) -> io::Result<()> {
+/// Device and inode.
+type Identity = (u64, u64);
+
+fn identity(directory: &OwnedFd) -> io::Result<Identity> {
+    let status = rustix::fs::fstat(directory)?;
+    Ok((status.st_dev, status.st_ino))
+}
+
+/// Deletes all that is in a directory, save for one directory and what leads to it. The program that runs is only unlinked: its memory is its own until it ends.
+fn remove_below(parent: &OwnedFd, kept: Option<Identity>) -> io::Result<()> {
     for entry in Dir::read_from(parent)? {
         let entry = entry?;
         let name = entry.file_name();
@@ -180,10 +218,14 @@ fn remove_below(parent: &OwnedFd) -> io::Result<()> {
         }
         if entry.file_type() == FileType::Directory {
             let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-            remove_below(&rustix::fs::openat(parent, name, flags, Mode::empty())?)?;
+            let child = rustix::fs::openat(parent, name, flags, Mode::empty())?;
+            if kept == Some(identity(&child)?) {
+                continue;
+            }
+            remove_below(&child, kept)?;
             match rustix::fs::unlinkat(parent, name, AtFlags::REMOVEDIR) {
-                // The new root was mounted on it and moved away; nothing else is mounted here.
-                Ok(()) | Err(rustix::io::Errno::BUSY) => {}
+                // The new root was mounted on it and moved away; nothing else is mounted here. Or it leads to what is kept.
+                Ok(()) | Err(rustix::io::Errno::BUSY | rustix::io::Errno::NOTEMPTY) => {}
                 Err(errno) => return Err(errno.into()),
             }
         } else {
@@ -216,7 +258,14 @@ mod tests {
         std::fs::create_dir_all(tree.path().join("a/b")).unwrap();
         std::fs::write(tree.path().join("a/b/file"), "x").unwrap();
         std::os::unix::fs::symlink(keep.path(), tree.path().join("a/link")).unwrap();
-        remove_below(&directory(tree.path().to_str().unwrap()).unwrap()).unwrap();
+        std::fs::create_dir_all(tree.path().join("c/kept")).unwrap();
+        std::fs::write(tree.path().join("c/kept/module"), "x").unwrap();
+        let kept = identity(&directory(tree.path().join("c/kept").to_str().unwrap()).unwrap()).unwrap();
+        let tree_directory = directory(tree.path().to_str().unwrap()).unwrap();
+        remove_below(&tree_directory, Some(kept)).unwrap();
+        assert_eq!(std::fs::read_dir(tree.path()).unwrap().count(), 1);
+        assert!(tree.path().join("c/kept/module").exists());
+        remove_below(&directory(tree.path().to_str().unwrap()).unwrap(), None).unwrap();
         assert_eq!(std::fs::read_dir(tree.path()).unwrap().count(), 0);
         assert!(keep.path().join("precious").exists());
     }

@@ -13,6 +13,7 @@ mod container;
 mod device;
 mod dispatch;
 mod error;
+mod hotplug;
 mod log;
 mod metrics;
 mod modules;

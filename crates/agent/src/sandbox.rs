@@ -85,13 +85,14 @@ enum Slot {
 impl Sandbox {
     /// An empty one.
     pub(crate) fn new(guest: Arc<Guest>, config: Config) -> Arc<Sandbox> {
+        let devices = Arc::new(Devices::new(config.hotplug_timeout, guest.init));
         Arc::new(Sandbox {
+            storages: Storages::new(Arc::clone(&guest), Arc::clone(&devices)),
+            reaper: Arc::clone(&guest.reaper),
             guest,
-            devices: Arc::new(Devices::new(config.hotplug_timeout)),
+            devices,
             config,
-            reaper: Arc::default(),
             oom: Arc::default(),
-            storages: Storages::default(),
             state: Mutex::default(),
             changed: Notify::new(),
             ended: Notify::new(),
@@ -141,11 +142,17 @@ impl Sandbox {
         self.reserve(&id)?;
         let created = async {
             self.guest.prepared().await;
-            let spec = request
+            let mut spec = request
                 .OCI
                 .into_option()
                 .ok_or_else(|| Error::Invalid("the request has no OCI spec".into()))?;
             let shared = self.shared(request.sandbox_pidns, &id)?;
+            let (guest, kinds): (_, Vec<String>) = (
+                Arc::clone(&self.guest),
+                request.devices.iter().map(|device| device.type_.clone()).collect(),
+            );
+            blocking(move || kinds.iter().try_for_each(|kind| guest.load_drivers(kind))).await?;
+            self.devices.plug(&id, &request.devices, &mut spec).await?;
             let storages = self.storages.add_all(request.storages, Some(&id)).await?;
             let made = self.make(&id, spec, &shared, storages.clone()).await;
             if made.is_err() {
@@ -168,6 +175,7 @@ impl Sandbox {
                 Ok(())
             }
             Err(error) => {
+                self.devices.forget(&id);
                 state.containers.remove(&id);
                 Err(error)
             }
@@ -266,6 +274,7 @@ impl Sandbox {
         let destroyed = container.destroy().await;
         if destroyed.is_ok() {
             self.storages.release_all(&container.storages).await;
+            self.devices.forget(container.id());
         }
         let mut state = lock(&self.state);
         if destroyed.is_ok() {

@@ -2,8 +2,11 @@
 //! System calls that have no safe wrapper.
 
 use std::{
+    ffi::CString,
     io,
     os::fd::{AsRawFd, BorrowedFd, OwnedFd},
+    os::unix::ffi::OsStrExt,
+    path::Path,
 };
 
 use tokio::io::{Interest, unix::AsyncFd};
@@ -42,4 +45,11 @@ pub(crate) fn credit_entropy(random: BorrowedFd<'_>, bits: i32) -> io::Result<()
 pub(crate) fn watch(descriptor: OwnedFd, interest: Interest) -> io::Result<AsyncFd<OwnedFd>> {
     // SAFETY: an `OwnedFd` keeps its one descriptor open until it is dropped, and the `AsyncFd` owns it until then.
     Ok(unsafe { AsyncFd::register_with_interest(descriptor, interest)? })
+}
+
+/// Swaps to a file or disk.
+pub(crate) fn swap_on(path: &Path) -> io::Result<()> {
+    let path = CString::new(path.as_os_str().as_bytes())?;
+    // SAFETY: the string ends with a NUL and outlives the call, which only reads it.
+    if unsafe { libc::swapon(path.as_ptr(), 0) } == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }

@@ -4,16 +4,23 @@
 //! /init                                     the agent, static
 //! /lib/bulkhead/modules/early/NNN-<name>.ko loaded before it listens, in the order of their names
 //! /lib/bulkhead/modules/late/NNN-<name>.ko  loaded meanwhile
+//! /lib/bulkhead/modules/demand/<name>.ko.lz4 loaded when something needs it
+//! /lib/bulkhead/modules/demand/index        a line each: `<name>: <what is loaded before it, in order>`
+//! /lib/bulkhead/modules/demand/builtin      a line each: what the kernel has without a module
 //! ```
 //!
-//! Neither the archive nor the modules are compressed: reading a few more megabytes costs less than unpacking them at
-//! each boot, by far so where there is no hardware virtualization.
+//! Neither the archive nor the modules that every boot loads are compressed: reading a few more megabytes costs less than
+//! unpacking them at each boot, by far so where there is no hardware virtualization. What most guests never load stays in
+//! their memory, so that is compressed: blocks of LZ4, each after its unpacked size (u32, little endian), because
+//! unpacking that takes the least code.
 
 use std::path::{Path, PathBuf};
 
 use crate::cpio::Archive;
 use crate::elf::Elf;
-use crate::modules::{self, EARLY, LATE, Module, Modules};
+use crate::modules::{self, DEMAND, EARLY, LATE, Module, Modules};
+
+const ON_DEMAND: &str = "lib/bulkhead/modules/demand";
 
 /// Why there is no initramfs.
 #[derive(Debug, thiserror::Error)]
@@ -45,6 +52,7 @@ pub fn build(modules: &Path, agent: &Path) -> Result<Vec<u8>, Error> {
     archive.file("init", 0o755, read_static(agent)?);
     add(&mut archive, "early", &early)?;
     add(&mut archive, "late", &late)?;
+    add_on_demand(&mut archive, &tree, &[early, late].concat())?;
     archive.to_bytes().map_err(Error::Archive)
 }
 
@@ -53,6 +61,27 @@ fn add(archive: &mut Archive, stage: &str, modules: &[Module]) -> Result<(), Err
         let path = format!("lib/bulkhead/modules/{stage}/{index:03}-{}.ko", module.name);
         archive.file(&path, 0o644, module.read()?);
     }
+    Ok(())
+}
+
+/// Adds what the kernel has of [`DEMAND`], with all that it takes besides what a boot loads.
+fn add_on_demand(archive: &mut Archive, tree: &Modules, booted: &[Module]) -> Result<(), Error> {
+    let wanted: Vec<&str> = DEMAND.iter().copied().filter(|name| tree.has(name)).collect();
+    let mut index = String::new();
+    for module in tree.resolve(&wanted, booted)? {
+        let before: String = tree
+            .resolve(&[&module.name], &[])?
+            .iter()
+            .filter(|other| other.name != module.name)
+            .map(|other| format!(" {}", other.name))
+            .collect();
+        index += &format!("{}:{before}\n", module.name);
+        let packed = lz4_flex::block::compress_prepend_size(&module.read()?);
+        archive.file(&format!("{ON_DEMAND}/{}.ko.lz4", module.name), 0o644, packed);
+    }
+    let builtin: String = tree.builtin().map(|name| format!("{name}\n")).collect();
+    archive.file(&format!("{ON_DEMAND}/index"), 0o644, index.into_bytes());
+    archive.file(&format!("{ON_DEMAND}/builtin"), 0o644, builtin.into_bytes());
     Ok(())
 }
 
@@ -79,6 +108,11 @@ mod tests {
             index += &format!("{name}.ko: virtio.ko\n");
             fs::write(directory.path().join(format!("{name}.ko")), format!("the module {name}")).unwrap();
         }
+        index += "dm-mod.ko:\ndm-verity.ko: dm-mod.ko virtio.ko\n";
+        for name in ["dm-mod", "dm-verity"] {
+            fs::write(directory.path().join(format!("{name}.ko")), name.repeat(1000)).unwrap();
+        }
+        fs::write(directory.path().join("modules.builtin"), "kernel/fs/ext4/ext4.ko\n").unwrap();
         fs::write(directory.path().join("modules.dep"), index).unwrap();
         fs::write(directory.path().join("agent"), crate::elf::sample(&[(1, b"code")])).unwrap();
         directory
@@ -107,6 +141,21 @@ mod tests {
         );
         assert!(text.contains("lib/bulkhead/modules/late/000-virtiofs.ko\0"));
         assert_eq!(text.matches("-virtio.ko\0").count(), 1, "early modules are not repeated");
+    }
+
+    #[test]
+    fn what_the_kernel_has_is_there_on_demand() {
+        let directory = sample();
+        let bytes = build(directory.path(), &directory.path().join("agent")).unwrap();
+        let text = String::from_utf8_lossy(&bytes);
+        assert!(text.contains("dm_mod:\ndm_verity: dm_mod virtio\n"), "the index, dependencies in order");
+        assert!(text.contains("demand/builtin\0") && text.contains("ext4\n"));
+        assert!(text.contains("demand/dm_verity.ko.lz4\0"));
+        assert!(!text.contains("demand/virtio.ko"), "what a boot loads is not there twice");
+        assert!(!text.contains("demand/erofs.ko"), "a kernel without it is a kernel");
+        let packed = lz4_flex::block::compress_prepend_size("dm-mod".repeat(1000).as_bytes());
+        assert!(packed.len() < 1000);
+        assert!(bytes.windows(packed.len()).any(|window| window == packed));
     }
 
     #[test]

@@ -10,11 +10,75 @@ pub const EARLY: &[&str] = &["virtio_pci", "vmw_vsock_virtio_transport"];
 
 /// Loaded while the host connects: what containers stand on.
 ///
-/// Left out as not worth loading at each boot: `xfs` and `erofs` (no storage driver hands the guest such a file system
-/// yet; ext4 is built into the kernels we know), `veth`, `bridge` and `tun` (containers share the guest's network
-/// namespace), `af_packet` and `ipv6` (built in).
+/// Left out as not worth loading at each boot: what is in [`DEMAND`], `bridge` and `tun` (containers share the guest's
+/// network namespace), `af_packet` and `ipv6` (built in).
 pub const LATE: &[&str] =
     &["virtiofs", "overlay", "virtio_blk", "virtio_net", "virtio_balloon", "virtio_rng"];
+
+/// Kept in the guest, and loaded when a storage, a device or the host asks for it. A kernel may lack some.
+///
+/// Left out for their size: `xfs` and `btrfs` (4 MB each), `bridge`, `wireguard`, `vxlan`. A guest image with a modprobe of its
+/// own can have those.
+pub const DEMAND: &[&str] = &[
+    // Disks: SCSI, persistent memory, others under a file.
+    "virtio_scsi",
+    "sd_mod",
+    "nfit",
+    "nd_pmem",
+    "virtio_pmem",
+    "loop",
+    "zram",
+    // File systems, and the ways to stack disks below them.
+    "erofs",
+    "squashfs",
+    "vfat",
+    "nls_cp437",
+    "nls_ascii",
+    "9p",
+    "9pnet_virtio",
+    "dm_mod",
+    "dm_verity",
+    // Devices and memory that are handed through.
+    "vfio_pci",
+    "vfio_iommu_type1",
+    "virtio_mem",
+    // Network interfaces inside a pod.
+    "dummy",
+    "veth",
+    // Packet filters of service meshes, by either program.
+    "iptable_filter",
+    "iptable_nat",
+    "iptable_mangle",
+    "iptable_raw",
+    "ip6table_filter",
+    "ip6table_nat",
+    "ip6table_mangle",
+    "ip6table_raw",
+    "nf_tables",
+    "nft_compat",
+    "nft_chain_nat",
+    "nft_ct",
+    "nft_nat",
+    "nft_masq",
+    "nft_redir",
+    "nft_reject_inet",
+    "ipt_REJECT",
+    "ip6t_REJECT",
+    "xt_MASQUERADE",
+    "xt_REDIRECT",
+    "xt_TPROXY",
+    "xt_addrtype",
+    "xt_comment",
+    "xt_connmark",
+    "xt_conntrack",
+    "xt_mark",
+    "xt_multiport",
+    "xt_nat",
+    "xt_owner",
+    "xt_socket",
+    "xt_statistic",
+    "xt_tcpudp",
+];
 
 /// A module directory that does not give what is asked of it.
 #[derive(Debug, thiserror::Error)]
@@ -82,6 +146,17 @@ impl Modules {
             loadable: parse_index(&String::from_utf8_lossy(&crate::read(&index)?)),
             builtin: String::from_utf8_lossy(&builtin).lines().map(name_of).collect(),
         })
+    }
+
+    /// Whether there is a module that can be loaded, with all that it depends on.
+    pub fn has(&self, name: &str) -> bool {
+        let name = name.replace('-', "_");
+        self.loadable.contains_key(&name) && self.resolve(&[&name], &[]).is_ok()
+    }
+
+    /// The names of what is built into the kernel, sorted.
+    pub fn builtin(&self) -> impl Iterator<Item = &str> {
+        self.builtin.iter().map(String::as_str)
     }
 
     /// What to load, in this order, to have all of `wanted` (`-` and `_` are the same) besides what is in `loaded`. What is
@@ -204,6 +279,16 @@ kernel/broken.ko: kernel/gone.ko
             assert!(message.contains(missing), "{message}");
             assert!(message.contains(directory.path().to_str().unwrap()), "{message}");
         }
+    }
+
+    #[test]
+    fn what_a_kernel_has() {
+        let directory = directory();
+        let modules = Modules::open(directory.path()).unwrap();
+        for (name, has) in [("virtio-pci", true), ("broken", false), ("nonsense", false), ("ext4", false)] {
+            assert_eq!(modules.has(name), has, "{name}");
+        }
+        assert_eq!(modules.builtin().collect::<Vec<_>>(), ["ext4"]);
     }
 
     #[test]

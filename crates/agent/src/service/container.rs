@@ -20,9 +20,6 @@ use crate::{
 /// Makes a container; its init waits before its command.
 pub(super) async fn create(service: &Service, request: CreateContainerRequest) -> Result<Empty> {
     check_id(&request.container_id)?;
-    if let Some(device) = request.devices.first() {
-        return Err(Error::Unsupported(format!("devices of type {:?}", device.type_)));
-    }
     if !request.shared_mounts.is_empty() {
         return Err(Error::Unsupported("mounts shared between containers".into()));
     }

@@ -1,5 +1,7 @@
 //! The guest's processors and memory: what is plugged, and swap.
 
+use std::{path::Path, sync::Arc, time::Duration};
+
 use bulkhead_protocol::{
     Empty,
     agent::{
@@ -8,35 +10,91 @@ use bulkhead_protocol::{
     },
 };
 
-use super::Service;
-use crate::error::{Error, Result};
+use super::{Service, system::own_machine};
+use crate::{
+    device::PciPath,
+    error::{During, Error, Result},
+    hotplug,
+    sync::{blocking, to_the_end},
+    sys,
+};
 
-/// Not built yet.
-pub(super) async fn add_swap(_: &Service, _: AddSwapRequest) -> Result<Empty> {
-    Err(Error::Unsupported("the request AddSwap".into()))
+/// How long a request that says that it waits does so: no longer than hosts wait for an answer.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Brings processors online until there are as many as wanted (0: whatever there is), then all memory, unless it is about
+/// processors only. Processors that were just plugged may still be on their way: there is a wait for them in any case, a
+/// longer one if the request says so.
+pub(super) async fn online(service: &Service, request: OnlineCPUMemRequest) -> Result<Empty> {
+    own_machine(service, "processors and memory")?;
+    let devices = Arc::clone(&service.sandbox.devices);
+    let usual = service.sandbox.config.hotplug_timeout;
+    to_the_end(async move {
+        let OnlineCPUMemRequest { nb_cpus, wait, cpu_only, .. } = request;
+        if nb_cpus > 0 {
+            let patience = if wait { usual.max(PATIENCE) } else { usual };
+            let what = format!("{nb_cpus} processors were not online");
+            let look = move |places: &_| hotplug::processors(places, nb_cpus);
+            devices.appears(&what, &["cpu"], patience, look).await?;
+        }
+        if !cpu_only {
+            let places = devices.places();
+            blocking(move || hotplug::memory(&places)).await?;
+        }
+        Ok(())
+    })
+    .await?;
+    Ok(Empty::new())
 }
 
-/// Not built yet.
-pub(super) async fn add_swap_path(_: &Service, _: AddSwapPathRequest) -> Result<Empty> {
-    Err(Error::Unsupported("the request AddSwapPath".into()))
+/// Tells the kernel where memory was plugged.
+pub(super) async fn probe(service: &Service, request: MemHotplugByProbeRequest) -> Result<Empty> {
+    own_machine(service, "memory")?;
+    let places = service.sandbox.devices.places();
+    to_the_end(blocking(move || hotplug::probe(&places, &request.memHotplugProbeAddr))).await?;
+    Ok(Empty::new())
 }
 
-/// Not built yet.
+/// Swaps to the disk at a path of PCI slots, which the host has formatted.
+pub(super) async fn add_swap(service: &Service, request: AddSwapRequest) -> Result<Empty> {
+    let path = PciPath::of_slots(&request.PCIPath)?;
+    own_machine(service, "swap")?;
+    let devices = Arc::clone(&service.sandbox.devices);
+    to_the_end(async move {
+        let disk = devices.block_at(path).await?;
+        blocking(move || swap_on(&disk.path)).await
+    })
+    .await?;
+    Ok(Empty::new())
+}
+
+/// Swaps to a file or disk of the guest, which the host has formatted.
+pub(super) async fn add_swap_path(service: &Service, request: AddSwapPathRequest) -> Result<Empty> {
+    let path = request.path;
+    if !path.starts_with('/') || path.contains('\0') {
+        return Err(Error::Invalid(format!("{path:?} is not an absolute path to swap to")));
+    }
+    own_machine(service, "swap")?;
+    to_the_end(blocking(move || swap_on(Path::new(&path)))).await?;
+    Ok(Empty::new())
+}
+
+fn swap_on(path: &Path) -> Result<()> {
+    sys::swap_on(path).during(|| format!("swap to {}", path.display()))
+}
+
+/// There is nothing to be set.
 pub(super) async fn reclaim_compact(_: &Service, _: MemAgentCompactConfig) -> Result<Empty> {
-    Err(Error::Unsupported("the request MemAgentCompactSet".into()))
+    Err(no_reclaimer("MemAgentCompactSet"))
 }
 
-/// Not built yet.
+/// There is nothing to be set.
 pub(super) async fn reclaim_memcg(_: &Service, _: MemAgentMemcgConfig) -> Result<Empty> {
-    Err(Error::Unsupported("the request MemAgentMemcgSet".into()))
+    Err(no_reclaimer("MemAgentMemcgSet"))
 }
 
-/// Not built yet.
-pub(super) async fn probe(_: &Service, _: MemHotplugByProbeRequest) -> Result<Empty> {
-    Err(Error::Unsupported("the request MemHotplugByProbe".into()))
-}
-
-/// Not built yet.
-pub(super) async fn online(_: &Service, _: OnlineCPUMemRequest) -> Result<Empty> {
-    Err(Error::Unsupported("the request OnlineCPUMem".into()))
+fn no_reclaimer(request: &str) -> Error {
+    Error::Unsupported(format!(
+        "{request}: it has no reclaimer of its own that could be set; memory that the guest's kernel has free goes back to the host by free page reporting"
+    ))
 }

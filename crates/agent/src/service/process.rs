@@ -28,8 +28,9 @@ pub(super) async fn exec(service: &Service, request: ExecProcessRequest) -> Resu
         return Err(Error::Unsupported("standard streams over vsock ports".into()));
     }
     let container = service.sandbox.container(&request.container_id)?;
-    let process =
+    let mut process =
         request.process.into_option().ok_or_else(|| Error::Invalid("the request has no process".into()))?;
+    service.sandbox.devices.rewrite(container.id(), &mut process.Env);
     let (reaper, pipe_size) = (Arc::clone(&service.sandbox.reaper), service.sandbox.config.pipe_size);
     let exec_id = request.exec_id;
     to_the_end(async move { container.exec(&exec_id, process, pipe_size, &reaper).await }).await?;

@@ -9,38 +9,30 @@ use bulkhead_protocol::{
 
 use super::Service;
 use crate::{
+    boot::Guest,
     error::{Error, Result},
-    modules,
-    sync::to_the_end,
+    sync::{blocking, to_the_end},
 };
 
 /// Prepares what the pod's containers share: host name, resolver, IPC namespace, storages.
-pub(super) async fn create(service: &Service, request: CreateSandboxRequest) -> Result<Empty> {
+pub(super) async fn create(service: &Service, mut request: CreateSandboxRequest) -> Result<Empty> {
     if !request.guest_hook_path.is_empty() {
         return Err(Error::Unsupported("guest hooks".into()));
     }
     let sandbox = Arc::clone(&service.sandbox);
     to_the_end(async move {
         sandbox.guest.prepared().await;
-        request.kernel_modules.iter().try_for_each(check_module)?;
+        let (guest, modules) = (Arc::clone(&sandbox.guest), std::mem::take(&mut request.kernel_modules));
+        blocking(move || load_modules(&guest, &modules)).await?;
         sandbox.create(request).await
     })
     .await?;
     Ok(Empty::new())
 }
 
-/// The guest loads at boot what it has, so a module is there or there is none.
-fn check_module(module: &KernelModule) -> Result<()> {
-    if !modules::is_present(&module.name) {
-        return Err(Error::Invalid(format!("the guest has no kernel module {:?}", module.name)));
-    }
-    if !module.parameters.is_empty() {
-        return Err(Error::Unsupported(format!(
-            "parameters for the kernel module {:?}, which is loaded",
-            module.name
-        )));
-    }
-    Ok(())
+/// Loads what the host wants loaded, in its order.
+fn load_modules(guest: &Guest, modules: &[KernelModule]) -> Result<()> {
+    modules.iter().try_for_each(|module| guest.load_module(&module.name, &module.parameters.join(" ")))
 }
 
 /// Ends the pod; the server answers, and then the agent ends as well.
@@ -69,6 +61,7 @@ mod tests {
     #[test]
     fn an_unknown_module_is_refused_by_name() {
         let module = KernelModule { name: "surely_not_a_module".into(), ..Default::default() };
-        assert!(check_module(&module).unwrap_err().to_string().contains("surely_not_a_module"));
+        let error = load_modules(&Guest::plain(), &[module]).unwrap_err();
+        assert!(error.to_string().contains("surely_not_a_module"), "{error}");
     }
 }

@@ -13,6 +13,7 @@ use rustix::time::{ClockId, Timespec};
 
 use super::Service;
 use crate::{
+    device,
     error::{During, Error, Result},
     storage,
     sync::blocking,
@@ -26,6 +27,7 @@ pub(super) async fn details(service: &Service, request: GuestDetailsRequest) -> 
     let details = AgentDetails {
         version: env!("CARGO_PKG_VERSION").into(),
         init_daemon: service.sandbox.guest.init,
+        device_handlers: device::types(),
         storage_handlers: storage::drivers(),
         supports_seccomp: true,
         extra_features: vec!["seccomp".into()],

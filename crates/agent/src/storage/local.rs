@@ -2,18 +2,18 @@
 
 use std::{fs::Permissions, os::unix::fs::PermissionsExt};
 
-use bulkhead_protocol::agent::Storage;
-
 use super::{
-    Mounted, Undo,
+    Job, Mounted, Undo,
     mount::{Options, Target, give_to_group},
 };
 use crate::error::{During, Error, Result};
 
 /// Makes the directory; `mode=<octal>` and `fsgid=<gid>` say whose it is.
-pub(super) fn mount(storage: &Storage, _container: Option<&str>) -> Result<Mounted> {
-    let mut options = Options::parse(&storage.options)?;
-    let target = Target::directory(&storage.mount_point)?;
+pub(super) fn mount(job: &Job, mounted: &mut Mounted) -> Result<()> {
+    let mut options = Options::parse(&job.storage.options)?;
+    let target = Target::directory(&job.storage.mount_point, mounted)?;
+    mounted.keep = true;
+    mounted.did(Undo::RemoveTree(target.path().to_owned()));
     if let Some(mode) = options.take("mode") {
         let bits =
             u32::from_str_radix(&mode, 8).map_err(|_| Error::Invalid(format!("mode={mode} is not octal")))?;
@@ -23,5 +23,5 @@ pub(super) fn mount(storage: &Storage, _container: Option<&str>) -> Result<Mount
     if let Some(group) = options.take("fsgid") {
         give_to_group(target.path(), &group)?;
     }
-    Ok(Mounted { undo: vec![Undo::RemoveTree(target.path().to_owned())], keep: true })
+    Ok(())
 }

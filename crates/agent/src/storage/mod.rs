@@ -4,35 +4,56 @@
 //! container (a storage marked as shared, an emptyDir) stays until the sandbox ends, because a container that is restarted
 //! must find it as it was.
 
+mod backing;
 mod bind;
+mod block;
 mod ephemeral;
 mod local;
 mod mount;
+mod multi_layer;
+mod ninep;
 mod overlay;
+mod pmem;
 mod virtiofs;
+
+#[cfg(test)]
+mod disks;
 
 use std::{
     collections::HashMap,
-    path::PathBuf,
+    path::{Path, PathBuf},
     sync::{Arc, Mutex},
+    time::Duration,
 };
 
 use bulkhead_protocol::agent::Storage;
 use rustix::mount::UnmountFlags;
 
 use crate::{
+    boot::Guest,
+    device::Devices,
     error::{During, Error, Result},
     sync::{blocking, lock},
 };
 
-type Driver = fn(&Storage, Option<&str>) -> Result<Mounted>;
+/// The end of the sandbox waits this long for each storage; a file system whose server is gone must not keep it.
+const FAREWELL: Duration = Duration::from_secs(10);
 
-/// The drivers by the name that a request uses, sorted. Each mounts a storage, for a container if one is named.
-const DRIVERS: [(&str, Driver); 5] = [
+/// A driver: it does its work and notes in `Mounted` each step it has done, so that a failure half way is undone as well.
+type Driver = fn(&Job, &mut Mounted) -> Result<()>;
+
+/// The drivers by the name that a request uses, sorted.
+const DRIVERS: [(&str, Driver); 11] = [
+    ("9p", ninep::mount),
     ("bind", bind::mount),
+    ("blk", block::mount),
     ("ephemeral", ephemeral::mount),
+    (multi_layer::DRIVER, multi_layer::mount),
     ("local", local::mount),
+    ("mmioblk", block::mount),
+    ("nvdimm", pmem::mount),
     ("overlayfs", overlay::mount),
+    ("scsi", block::mount),
     ("virtio-fs", virtiofs::mount),
 ];
 
@@ -41,9 +62,31 @@ pub(crate) fn drivers() -> Vec<String> {
     DRIVERS.iter().map(|(name, _)| (*name).to_owned()).collect()
 }
 
+/// One mount that is asked for.
+#[derive(Clone, Debug, PartialEq)]
+struct Wanted {
+    storage: Storage,
+    /// The storages it is put together from, if it is from several.
+    layers: Vec<Storage>,
+}
+
+/// What a driver is to do, and with what.
+struct Job {
+    storage: Storage,
+    /// The file of the device that the storage stands on, if it stands on one.
+    node: Option<PathBuf>,
+    /// The storages it is put together from, and their devices.
+    layers: Vec<(Storage, PathBuf)>,
+    /// The container that it is for; none if it is for the pod.
+    container: Option<String>,
+    /// Loads modules and runs programs.
+    guest: Arc<Guest>,
+}
+
 /// The storages in use, by mount point.
-#[derive(Default)]
 pub(crate) struct Storages {
+    guest: Arc<Guest>,
+    devices: Arc<Devices>,
     slots: Mutex<HashMap<String, Arc<tokio::sync::Mutex<Slot>>>>,
 }
 
@@ -51,28 +94,38 @@ pub(crate) struct Storages {
 #[derive(Default)]
 struct Slot {
     users: usize,
-    mounted: Option<Mounted>,
+    /// What was asked for, and what was done about it.
+    mounted: Option<(Wanted, Mounted)>,
     /// The slot has left the table: whoever still holds it looks for a new one.
     gone: bool,
 }
 
 /// What a driver did.
+#[derive(Default)]
 struct Mounted {
-    /// How to undo it, in this order.
+    /// How to undo it, last step first.
     undo: Vec<Undo>,
     /// It stays until the sandbox ends.
     keep: bool,
 }
 
+#[derive(Debug, PartialEq)]
 enum Undo {
     Unmount(PathBuf),
     /// Only if it is empty: what somebody put there is not the agent's to delete.
     RemoveDirectory(PathBuf),
+    /// The empty file that something was bound to.
+    RemoveFile(PathBuf),
     /// A directory of the agent's own.
     RemoveTree(PathBuf),
 }
 
 impl Storages {
+    /// None yet.
+    pub(crate) fn new(guest: Arc<Guest>, devices: Arc<Devices>) -> Storages {
+        Storages { guest, devices, slots: Mutex::default() }
+    }
+
     /// Mounts what is not mounted yet and counts the rest; all or nothing. Returns the mount points, to be released.
     pub(crate) async fn add_all(
         &self,
@@ -80,41 +133,61 @@ impl Storages {
         container: Option<&str>,
     ) -> Result<Vec<String>> {
         let mut added = Vec::new();
-        for storage in storages {
-            let mount_point = storage.mount_point.clone();
-            if let Err(error) = self.add(storage, container).await {
-                self.release_all(&added).await;
-                return Err(error);
+        for wanted in multi_layer::group(storages)? {
+            match self.add(wanted, container).await {
+                Ok(mount_point) => added.push(mount_point),
+                Err(error) => {
+                    self.release_all(&added).await;
+                    return Err(error);
+                }
             }
-            added.push(mount_point);
         }
         Ok(added)
     }
 
-    async fn add(&self, storage: Storage, container: Option<&str>) -> Result<()> {
-        let driver = check(&storage)?;
+    async fn add(&self, mut wanted: Wanted, container: Option<&str>) -> Result<String> {
+        let driver = check(&wanted.storage)?;
+        let mount_point = mount::point(&wanted.storage.mount_point, self.guest.init)?;
+        wanted.storage.mount_point.clone_from(&mount_point);
         loop {
-            let slot = Arc::clone(lock(&self.slots).entry(storage.mount_point.clone()).or_default());
+            let slot = Arc::clone(lock(&self.slots).entry(mount_point.clone()).or_default());
             let mut slot = slot.lock().await;
             if slot.gone {
                 continue;
             }
-            if slot.mounted.is_none() {
-                let (wanted, container) = (storage.clone(), container.map(str::to_owned));
-                let mounted = blocking(move || driver(&wanted, container.as_deref())).await;
-                match mounted {
-                    Ok(mounted) => {
-                        slot.mounted = Some(Mounted { keep: mounted.keep || storage.shared, ..mounted })
-                    }
+            match &slot.mounted {
+                Some((present, _)) => same(present, &wanted)?,
+                None => match self.mount(driver, wanted.clone(), container).await {
+                    Ok(mounted) => slot.mounted = Some((wanted, mounted)),
                     Err(error) => {
-                        self.forget(&storage.mount_point, &mut slot);
+                        self.forget(&mount_point, &mut slot);
                         return Err(error);
                     }
-                }
+                },
             }
             slot.users += 1;
-            return Ok(());
+            return Ok(mount_point);
         }
+    }
+
+    /// Finds the devices, then has the driver do its work. A failure leaves nothing.
+    async fn mount(&self, driver: Driver, wanted: Wanted, container: Option<&str>) -> Result<Mounted> {
+        let Wanted { storage, layers } = wanted;
+        let (guest, container) = (Arc::clone(&self.guest), container.map(str::to_owned));
+        let node = backing::find(&guest, &self.devices, &storage).await?;
+        let layers = multi_layer::find(&guest, &self.devices, layers).await?;
+        let job = Job { storage, node, layers, container, guest };
+        blocking(move || {
+            let mut mounted = Mounted { keep: job.storage.shared, ..Mounted::default() };
+            match driver(&job, &mut mounted) {
+                Ok(()) => Ok(mounted),
+                Err(error) => {
+                    mounted.undo(&job.storage.mount_point);
+                    Err(error)
+                }
+            }
+        })
+        .await
     }
 
     /// Takes back one use of each, last first.
@@ -130,7 +203,9 @@ impl Storages {
         // What is mounted below another goes first.
         mount_points.sort();
         for mount_point in mount_points.iter().rev() {
-            self.release(mount_point, true).await;
+            if tokio::time::timeout(FAREWELL, self.release(mount_point, true)).await.is_err() {
+                tracing::error!(mount_point, "storage was not released in time");
+            }
         }
     }
 
@@ -138,13 +213,16 @@ impl Storages {
         let Some(slot) = lock(&self.slots).get(mount_point).cloned() else { return };
         let mut slot = slot.lock().await;
         slot.users = slot.users.saturating_sub(1);
-        let keep = slot.mounted.as_ref().is_some_and(|mounted| mounted.keep);
+        let keep = slot.mounted.as_ref().is_some_and(|(_, mounted)| mounted.keep);
         if last || (slot.users == 0 && !keep) {
             self.forget(mount_point, &mut slot);
-            if let Some(mounted) = slot.mounted.take() {
-                let undone = blocking(move || mounted.undo()).await;
-                if let Err(error) = undone {
-                    tracing::warn!(mount_point, %error, "storage was not released cleanly");
+            if let Some((wanted, mounted)) = slot.mounted.take() {
+                let undone = blocking(move || {
+                    mounted.undo(&wanted.storage.mount_point);
+                    Ok(())
+                });
+                if let Err(error) = undone.await {
+                    tracing::warn!(mount_point, %error, "storage was not released");
                 }
             }
         }
@@ -174,33 +252,71 @@ fn check(storage: &Storage) -> Result<Driver> {
     Ok(*driver)
 }
 
+/// Who finds a mount point in use gets what is there, so that must be what he asks for.
+fn same(present: &Wanted, wanted: &Wanted) -> Result<()> {
+    // Whether it outlives its users was settled by the first.
+    let storage = Storage { shared: present.storage.shared, ..wanted.storage.clone() };
+    if present.storage == storage && present.layers == wanted.layers {
+        return Ok(());
+    }
+    let describe = |wanted: &Wanted| {
+        let Storage { driver, source, options, .. } = &wanted.storage;
+        format!("{driver} storage {source:?} with the options {options:?}")
+    };
+    Err(Error::State(format!(
+        "the mount point {:?} is in use by another storage: {}, not {}",
+        present.storage.mount_point,
+        describe(present),
+        describe(wanted)
+    )))
+}
+
 impl Mounted {
-    fn undo(self) -> Result<()> {
-        let mut first = Ok(());
-        for step in self.undo {
-            let done = match &step {
-                Undo::Unmount(path) => {
-                    // Something may still hold a file open there; the mount goes with it.
-                    rustix::mount::unmount(path, UnmountFlags::NOFOLLOW | UnmountFlags::DETACH)
-                        .during(|| format!("unmount {}", path.display()))
-                }
-                Undo::RemoveDirectory(path) => match std::fs::remove_dir(path) {
-                    Err(error) if error.kind() == std::io::ErrorKind::DirectoryNotEmpty => Ok(()),
-                    removed => removed.during(|| format!("remove {}", path.display())),
-                },
-                Undo::RemoveTree(path) => {
-                    std::fs::remove_dir_all(path).during(|| format!("remove {}", path.display()))
-                }
-            };
-            first = first.and(done);
+    /// Notes a step that has been done.
+    fn did(&mut self, step: Undo) {
+        self.undo.push(step);
+    }
+
+    /// Undoes every step, also after one that fails.
+    fn undo(self, mount_point: &str) {
+        for step in self.undo.into_iter().rev() {
+            if let Err(error) = step.run() {
+                tracing::warn!(mount_point, %error, "storage was not released cleanly");
+            }
         }
-        first
+    }
+}
+
+impl Undo {
+    fn run(&self) -> Result<()> {
+        match self {
+            // Something may still hold a file open there; the mount goes with it.
+            Undo::Unmount(path) => {
+                rustix::mount::unmount(path, UnmountFlags::NOFOLLOW | UnmountFlags::DETACH)
+                    .during(|| format!("unmount {}", path.display()))
+            }
+            Undo::RemoveDirectory(path) => remove(path, std::fs::remove_dir(path)),
+            Undo::RemoveFile(path) => remove(path, std::fs::remove_file(path)),
+            Undo::RemoveTree(path) => remove(path, std::fs::remove_dir_all(path)),
+        }
+    }
+}
+
+fn remove(path: &Path, removed: std::io::Result<()>) -> Result<()> {
+    use std::io::ErrorKind::{DirectoryNotEmpty, NotFound};
+    match removed {
+        Err(error) if matches!(error.kind(), DirectoryNotEmpty | NotFound) => Ok(()),
+        removed => removed.during(|| format!("remove {}", path.display())),
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn storages() -> Storages {
+        Storages::new(Arc::new(Guest::plain()), Arc::new(Devices::new(Duration::ZERO, false)))
+    }
 
     fn local(mount_point: &std::path::Path) -> Storage {
         let mount_point = mount_point.to_str().unwrap().to_owned();
@@ -219,32 +335,100 @@ mod tests {
 
     #[tokio::test]
     async fn an_unknown_driver_is_named_and_leaves_nothing() {
-        let storages = Storages::default();
-        let storage = Storage { driver: "9p".into(), mount_point: "/x".into(), ..Default::default() };
+        let storages = storages();
+        let storage = Storage { driver: "floppy".into(), mount_point: "/x".into(), ..Default::default() };
         let error = storages.add_all(vec![storage], None).await.unwrap_err();
         assert!(matches!(error, Error::Unsupported(_)), "{error:?}");
-        assert!(error.to_string().contains("9p"));
+        assert!(error.to_string().contains("floppy"));
         assert!(lock(&storages.slots).is_empty());
     }
 
     #[tokio::test]
     async fn a_failure_takes_back_what_the_same_request_added() {
         let directory = tempfile::tempdir().unwrap();
-        let storages = Storages::default();
+        let storages = storages();
         let good = Storage { shared: false, ..local(&directory.path().join("a")) };
         let bad = Storage { mount_point: "relative".into(), ..good.clone() };
         assert!(storages.add_all(vec![good, bad], None).await.is_err());
-        let users: Vec<_> = lock(&storages.slots).values().cloned().collect();
-        for slot in users {
-            assert_eq!(slot.lock().await.users, 0);
+        let slots: Vec<_> = lock(&storages.slots).values().cloned().collect();
+        assert_eq!(slots.len(), 1, "the good one was there, and is kept");
+        assert_eq!(slots[0].lock().await.users, 0);
+    }
+
+    /// A bind of `/run/from` to `/run/to`, which is not kept.
+    fn bound(options: &[&str]) -> Storage {
+        Storage {
+            driver: "bind".into(),
+            source: "/run/from".into(),
+            mount_point: "/run/to".into(),
+            options: options.iter().map(|option| (*option).to_owned()).collect(),
+            ..Default::default()
         }
+    }
+
+    fn alone_with(test: impl AsyncFnOnce(Storages) + Send) {
+        disks::alone(|| {
+            // Threads have the mounts of the one that makes them.
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
+            runtime.block_on(test(storages()));
+        });
+    }
+
+    #[test]
+    fn the_last_of_several_users_undoes_it_once() {
+        alone_with(async |storages| {
+            std::fs::write("/run/from", "x").unwrap();
+            let first = storages.add_all(vec![bound(&["ro"])], Some("a")).await.unwrap();
+            let slash = Storage { mount_point: "//run/to/".into(), ..bound(&["ro"]) };
+            let second = storages.add_all(vec![slash], Some("b")).await.unwrap();
+            assert_eq!(disks::mounts_below("/run"), ["/run/to"], "mounted once");
+            storages.release_all(&first).await;
+            assert_eq!(std::fs::read_to_string("/run/to").unwrap(), "x");
+            storages.release_all(&second).await;
+            assert!(disks::mounts_below("/run").is_empty());
+            assert!(!Path::new("/run/to").exists(), "the file it was bound to was the agent's");
+            assert!(lock(&storages.slots).is_empty());
+        });
+    }
+
+    #[test]
+    fn a_second_user_gets_what_it_asks_for_or_an_error() {
+        alone_with(async |storages| {
+            std::fs::write("/run/from", "x").unwrap();
+            std::fs::write("/run/other", "y").unwrap();
+            storages.add_all(vec![bound(&["ro"])], Some("a")).await.unwrap();
+            let other = Storage { source: "/run/other".into(), ..bound(&["ro"]) };
+            for storage in [bound(&[]), other] {
+                let error = storages.add_all(vec![storage], Some("b")).await.unwrap_err();
+                assert!(matches!(&error, Error::State(text) if text.contains("/run/to")), "{error}");
+            }
+            let shared = Storage { shared: true, ..bound(&["ro"]) };
+            storages.add_all(vec![shared], Some("c")).await.unwrap();
+            storages.clear().await;
+            assert!(disks::mounts_below("/run").is_empty());
+        });
+    }
+
+    #[test]
+    fn a_failure_leaves_no_mount_and_no_file_of_the_request() {
+        alone_with(async |storages| {
+            std::fs::write("/run/from", "x").unwrap();
+            let bad = Storage { mount_point: "/run/x/y".into(), source: "/run/gone".into(), ..bound(&[]) };
+            let unknown = Storage { driver: "floppy".into(), ..bound(&[]) };
+            for last in [bad, unknown] {
+                assert!(storages.add_all(vec![bound(&[]), last], Some("a")).await.is_err());
+                assert!(disks::mounts_below("/run").is_empty());
+                assert!(!Path::new("/run/to").exists());
+                assert!(lock(&storages.slots).is_empty());
+            }
+        });
     }
 
     #[tokio::test]
     async fn a_kept_storage_stays_until_the_sandbox_ends() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("volume");
-        let storages = Storages::default();
+        let storages = storages();
         let added = storages.add_all(vec![local(&path)], Some("c")).await.unwrap();
         std::fs::write(path.join("data"), "x").unwrap();
         storages.release_all(&added).await;

@@ -12,6 +12,9 @@ use rustix::{
     mount::{MountFlags, MountPropagationFlags},
 };
 
+use bulkhead_protocol::ports::GUEST_STATE;
+
+use super::{Mounted, Undo};
 use crate::error::{During, Error, Result};
 
 /// Mount options, sorted into what the kernel takes as bits and what the file system takes as text.
@@ -113,17 +116,30 @@ fn propagation(option: &str) -> Option<MountPropagationFlags> {
 pub(super) struct Target {
     descriptor: OwnedFd,
     path: PathBuf,
+    /// It was missing.
+    made: bool,
+    file: bool,
 }
 
 impl Target {
     /// A directory, made with those above it (0755) where missing.
-    pub(super) fn directory(path: &str) -> Result<Target> {
-        Self::walk(path, false)
+    pub(super) fn directory(path: &str, mounted: &mut Mounted) -> Result<Target> {
+        Ok(Self::walk(path, false)?.noted(mounted))
     }
 
     /// A file, made empty (0644) where missing.
-    pub(super) fn file(path: &str) -> Result<Target> {
-        Self::walk(path, true)
+    pub(super) fn file(path: &str, mounted: &mut Mounted) -> Result<Target> {
+        Ok(Self::walk(path, true)?.noted(mounted))
+    }
+
+    /// What the agent made, it removes.
+    fn noted(self, mounted: &mut Mounted) -> Target {
+        match (self.made, self.file) {
+            (false, _) => {}
+            (true, false) => mounted.did(Undo::RemoveDirectory(self.path.clone())),
+            (true, true) => mounted.did(Undo::RemoveFile(self.path.clone())),
+        }
+        self
     }
 
     /// What is mounted on it, or would be hidden by a mount.
@@ -150,23 +166,25 @@ impl Target {
         let what = || format!("prepare the mount point {path}");
         let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let mut at = rustix::fs::open(c"/", flags | OFlags::DIRECTORY, Mode::empty()).during(what)?;
+        let mut made = false;
         for (index, name) in names.iter().enumerate() {
             let last_file = file && index + 1 == names.len();
             let flags = if last_file { flags } else { flags | OFlags::DIRECTORY };
             at = match rustix::fs::openat(&at, *name, flags, Mode::empty()) {
                 Err(Errno::NOENT) => {
-                    make(&at, name, last_file).during(what)?;
+                    made = make(&at, name, last_file).during(what)?;
                     rustix::fs::openat(&at, *name, flags, Mode::empty())
                 }
                 opened => opened,
             }
             .during(what)?;
         }
-        Ok(Target { descriptor: at, path: PathBuf::from(path) })
+        Ok(Target { descriptor: at, path: PathBuf::from(path), made, file })
     }
 }
 
-fn make(at: &OwnedFd, name: &std::ffi::OsStr, file: bool) -> rustix::io::Result<()> {
+/// Returns whether it was this call that made it.
+fn make(at: &OwnedFd, name: &std::ffi::OsStr, file: bool) -> rustix::io::Result<bool> {
     let made = if file {
         let flags = OFlags::CREATE | OFlags::EXCL | OFlags::WRONLY | OFlags::CLOEXEC;
         rustix::fs::openat(at, name, flags, Mode::from_raw_mode(0o644)).map(drop)
@@ -174,9 +192,24 @@ fn make(at: &OwnedFd, name: &std::ffi::OsStr, file: bool) -> rustix::io::Result<
         rustix::fs::mkdirat(at, name, Mode::from_raw_mode(0o755))
     };
     match made {
-        Err(Errno::EXIST) => Ok(()),
-        made => made,
+        Err(Errno::EXIST) => Ok(false),
+        made => made.map(|()| true),
     }
+}
+
+/// A mount point as it is known by: absolute, without `..`, `.` and doubled slashes. In the agent's own guest it lies where
+/// the hosts put theirs, below [`GUEST_STATE`] or, of a host that is not root, a user's runtime directory: a mount anywhere
+/// else could only cover what the agent itself stands on.
+pub(super) fn point(path: &str, own_guest: bool) -> Result<String> {
+    let path =
+        names(path)?.iter().fold(String::new(), |path, name| format!("{path}/{}", name.to_string_lossy()));
+    let below = |parent: &str| path.strip_prefix(parent).is_some_and(|rest| rest.starts_with('/'));
+    if own_guest && !below(GUEST_STATE) && !below("/run/user") {
+        return Err(Error::Invalid(format!(
+            "the mount point {path:?} is outside {GUEST_STATE}, where storages belong"
+        )));
+    }
+    Ok(path)
 }
 
 /// The names on an absolute path without `..`.
@@ -195,7 +228,13 @@ fn names(path: &str) -> Result<Vec<&std::ffi::OsStr>> {
 }
 
 /// Mounts a file system on a target.
-pub(super) fn mount(source: &str, target: &Target, fstype: &str, options: &Options) -> Result<()> {
+pub(super) fn mount(
+    source: &str,
+    target: &Target,
+    fstype: &str,
+    options: &Options,
+    mounted: &mut Mounted,
+) -> Result<()> {
     let what = || format!("mount {fstype} {source:?} on {}", target.path.display());
     let data = options.data.join(",");
     // The kernel reads one page and would silently cut the rest.
@@ -204,11 +243,12 @@ pub(super) fn mount(source: &str, target: &Target, fstype: &str, options: &Optio
     }
     let data = CString::new(data).during(what)?;
     rustix::mount::mount(source, target.fixed_path(), fstype, options.flags, data.as_c_str()).during(what)?;
+    mounted.did(Undo::Unmount(target.path.clone()));
     propagate(target, options)
 }
 
 /// Binds a file or directory to a target. Flags need a second call: the first one ignores them.
-pub(super) fn bind(source: &Target, target: &Target, options: &Options) -> Result<()> {
+pub(super) fn bind(source: &Target, target: &Target, options: &Options, mounted: &mut Mounted) -> Result<()> {
     let what = || format!("bind {} to {}", source.path.display(), target.path.display());
     let (from, to) = (source.fixed_path(), target.fixed_path());
     if options.bind == Some(true) {
@@ -216,6 +256,7 @@ pub(super) fn bind(source: &Target, target: &Target, options: &Options) -> Resul
     } else {
         rustix::mount::mount_bind(from, to).during(what)?;
     }
+    mounted.did(Undo::Unmount(target.path.clone()));
     if !options.flags.is_empty() {
         let flags = options.flags | MountFlags::BIND;
         rustix::mount::mount_remount(&target.path, flags, c"").during(what)?;
@@ -242,7 +283,7 @@ pub(super) fn source(path: &str) -> Result<(Target, bool)> {
     }
     let status = rustix::fs::fstat(&at).during(|| format!("look at {path}"))?;
     let directory = rustix::fs::FileType::from_raw_mode(status.st_mode).is_dir();
-    Ok((Target { descriptor: at, path: PathBuf::from(path) }, directory))
+    Ok((Target { descriptor: at, path: PathBuf::from(path), made: false, file: !directory }, directory))
 }
 
 /// Hands a directory to a group, whose members then own what is made in it.
@@ -310,7 +351,20 @@ mod tests {
         for path in ["", "/", "a", "./a", "/a/../b"] {
             assert!(matches!(names(path), Err(Error::Invalid(_))), "{path:?}");
         }
-        assert_eq!(names("/a//b/").unwrap(), ["a", "b"]);
+        assert_eq!(point("/a//b/./", false).unwrap(), "/a/b");
+    }
+
+    #[test]
+    fn in_its_own_guest_a_storage_is_where_hosts_put_theirs() {
+        for path in ["/run/kata-containers/sandbox/shm/", "/run/user/1000/run/kata-containers/x"] {
+            point(path, true).unwrap();
+        }
+        for path in
+            ["/proc", "/run", "/run/kata-containers", "/run/kata-containers-x/y", "/dev/shm", "/run/../x"]
+        {
+            let error = point(path, true).unwrap_err();
+            assert!(matches!(&error, Error::Invalid(text) if text.contains(path)), "{error}");
+        }
     }
 
     #[test]
@@ -318,15 +372,20 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         std::os::unix::fs::symlink("/", directory.path().join("link")).unwrap();
         let path = |name: &str| directory.path().join(name).to_str().unwrap().to_owned();
-        assert!(Target::directory(&path("link/a")).is_err());
-        assert!(Target::directory(&path("link")).is_err());
+        let mut mounted = Mounted::default();
+        assert!(Target::directory(&path("link/a"), &mut mounted).is_err());
+        assert!(Target::directory(&path("link"), &mut mounted).is_err());
         assert!(
             source(&path("link")).map(|(target, _)| target.path).is_ok_and(|_| true),
             "a link itself can be bound"
         );
         assert!(source(&path("link/tmp")).is_err());
-        assert!(!Target::directory(&path("a/b")).unwrap().is_mount_point().unwrap());
-        Target::file(&path("a/c")).unwrap();
+        assert!(!Target::directory(&path("a/b"), &mut mounted).unwrap().is_mount_point().unwrap());
+        Target::file(&path("a/c"), &mut mounted).unwrap();
         assert!(directory.path().join("a/c").is_file());
+        // A second look makes nothing, so there is nothing more to undo.
+        Target::file(&path("a/c"), &mut mounted).unwrap();
+        let made = [Undo::RemoveDirectory(path("a/b").into()), Undo::RemoveFile(path("a/c").into())];
+        assert_eq!(mounted.undo, made);
     }
 }

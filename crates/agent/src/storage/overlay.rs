@@ -2,10 +2,10 @@
 
 use std::path::PathBuf;
 
-use bulkhead_protocol::{agent::Storage, ports::GUEST_STATE};
+use bulkhead_protocol::ports::GUEST_STATE;
 
 use super::{
-    Mounted, Undo,
+    Job, Mounted, Undo,
     mount::{Options, Target, mount as mount_on},
 };
 use crate::error::{Error, Result};
@@ -16,34 +16,32 @@ const WRITABLE: &str = "io.katacontainers.fs-opt.overlay-rw";
 const CREATE_DIRECTORY: &str = "io.katacontainers.volume.overlayfs.create_directory";
 
 /// Mounts the layers.
-pub(super) fn mount(storage: &Storage, container: Option<&str>) -> Result<Mounted> {
-    let mut options = Options::parse(&storage.options)?;
-    for option in &storage.driver_options {
-        if let Some(directory) = option.strip_prefix(CREATE_DIRECTORY).and_then(|rest| rest.strip_prefix('='))
-        {
-            Target::directory(directory)?;
+pub(super) fn mount(job: &Job, mounted: &mut Mounted) -> Result<()> {
+    let mut options = Options::parse(&job.storage.options)?;
+    for option in &job.storage.driver_options {
+        match option.split_once('=') {
+            Some((CREATE_DIRECTORY, directory)) => drop(Target::directory(directory, mounted)?),
+            _ => {
+                return Err(Error::Unsupported(format!("the option {option:?} of an overlayfs storage")));
+            }
         }
     }
-    let mut own = Vec::new();
     if let Some(index) = options.data.iter().position(|option| option == WRITABLE) {
         options.data.remove(index);
-        let container = container.ok_or_else(|| {
-            Error::Invalid(format!("{WRITABLE} on {:?} needs a container to belong to", storage.mount_point))
+        let container = job.container.as_ref().ok_or_else(|| {
+            Error::Invalid(format!(
+                "{WRITABLE} on {:?} needs a container to belong to",
+                job.storage.mount_point
+            ))
         })?;
+        Target::directory(&format!("{GUEST_STATE}/{container}"), mounted)?;
         for (key, name) in [("upperdir", "upper"), ("workdir", "work")] {
             let path = format!("{GUEST_STATE}/{container}/{name}");
-            Target::directory(&path)?;
+            Target::directory(&path, mounted)?;
+            mounted.did(Undo::RemoveTree(PathBuf::from(&path)));
             options.data.push(format!("{key}={path}"));
-            own.push(Undo::RemoveTree(PathBuf::from(path)));
         }
-        own.push(Undo::RemoveDirectory(PathBuf::from(format!("{GUEST_STATE}/{container}"))));
     }
-    let target = Target::directory(&storage.mount_point)?;
-    let path = target.path().to_owned();
-    if let Err(error) = mount_on("overlay", &target, "overlay", &options) {
-        Mounted { undo: own, keep: false }.undo()?;
-        return Err(error);
-    }
-    let undo = [Undo::Unmount(path.clone()), Undo::RemoveDirectory(path)].into_iter().chain(own).collect();
-    Ok(Mounted { undo, keep: false })
+    let target = Target::directory(&job.storage.mount_point, mounted)?;
+    mount_on("overlay", &target, "overlay", &options, mounted)
 }

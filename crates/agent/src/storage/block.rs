@@ -1,0 +1,223 @@
+//! `blk`, `mmioblk`, `scsi`: a file system on a disk.
+//!
+//! The driver option `create_filesystem` has it made first, each time the disk is mounted: the host asks for that on disks
+//! whose content it does not want. One that carries a file system is formatted as well, and that is logged.
+
+use std::{fs::File, os::unix::fs::FileExt, path::Path, process::Command, time::Duration};
+
+use bulkhead_protocol::agent::Storage;
+
+use super::{
+    Job, Mounted,
+    mount::{Options, Target, mount as mount_on},
+};
+use crate::{
+    boot::Guest,
+    error::{During, Error, Result},
+    program,
+};
+
+const CREATE_FILESYSTEM: &str = "create_filesystem";
+const ENCRYPTION_KEY: &str = "encryption_key";
+/// Large disks take their time.
+const MKFS_LIMIT: Duration = Duration::from_secs(300);
+
+/// Mounts the file system of the job's disk.
+pub(super) fn mount(job: &Job, mounted: &mut Mounted) -> Result<()> {
+    let storage = &job.storage;
+    let node = job.node.as_deref();
+    let node =
+        node.ok_or_else(|| Error::Invalid(format!("the storage {:?} has no device", storage.source)))?;
+    let options = Options::parse(&storage.options)?;
+    if let Some(option) = options.data.iter().find(|option| option.starts_with("X-kata.")) {
+        // Above all a disk that is to be verified is not mounted as it is.
+        return Err(Error::Unsupported(format!(
+            "the option {option:?} of a {} storage on its own",
+            storage.driver
+        )));
+    }
+    let target = Target::directory(&storage.mount_point, mounted)?;
+    if target.is_mount_point()? {
+        return Err(Error::State(format!(
+            "something else is mounted on {} already",
+            target.path().display()
+        )));
+    }
+    mount_disk(&job.guest, storage, node, &target, &options, mounted)
+}
+
+/// Mounts a disk, on which a file system is made first if the storage says so.
+pub(super) fn mount_disk(
+    guest: &Guest,
+    storage: &Storage,
+    node: &Path,
+    target: &Target,
+    options: &Options,
+    mounted: &mut Mounted,
+) -> Result<()> {
+    let disk = node.to_str().ok_or_else(|| Error::Invalid(format!("{} is not UTF-8", node.display())))?;
+    let fstype = &storage.fstype;
+    if fstype.is_empty() {
+        return Err(Error::Invalid(format!("the storage {:?} does not say its fstype", storage.source)));
+    }
+    if wants_filesystem(storage)? {
+        make_filesystem(guest, node)?;
+    }
+    guest.load_filesystem(fstype)?;
+    mount_on(disk, target, fstype, options, mounted)
+}
+
+/// Whether the driver options ask for a new file system.
+fn wants_filesystem(storage: &Storage) -> Result<bool> {
+    let mut wanted = false;
+    for option in &storage.driver_options {
+        let (key, value) = option.split_once('=').unwrap_or((option, "true"));
+        match (key, value) {
+            (CREATE_FILESYSTEM, "true") if storage.fstype == "ext4" => wanted = true,
+            (CREATE_FILESYSTEM, "true") => {
+                return Err(Error::Invalid(format!(
+                    "{CREATE_FILESYSTEM} makes ext4, and the fstype of {:?} is {:?}",
+                    storage.source, storage.fstype
+                )));
+            }
+            (CREATE_FILESYSTEM, "false") => {}
+            // Without its encryption the volume must not be mounted at all.
+            (ENCRYPTION_KEY, key) => {
+                return Err(Error::Unsupported(format!(
+                    "encrypted volumes ({ENCRYPTION_KEY}={key} on {:?})",
+                    storage.source
+                )));
+            }
+            _ => {
+                return Err(Error::Unsupported(format!(
+                    "the driver option {option:?} of a {} storage",
+                    storage.driver
+                )));
+            }
+        }
+    }
+    Ok(wanted)
+}
+
+/// No journal and few inodes: what is made here does not outlive the pod.
+fn make_filesystem(guest: &Guest, node: &Path) -> Result<()> {
+    let program = ["/sbin", "/usr/sbin", "/bin", "/usr/bin"]
+        .iter()
+        .map(|directory| Path::new(directory).join("mkfs.ext4"))
+        .find(|program| program.exists())
+        .ok_or_else(|| {
+            Error::State(format!(
+                "{CREATE_FILESYSTEM} on {}: the guest has no mkfs.ext4; use a guest image that has it, or format the disk on the host",
+                node.display()
+            ))
+        })?;
+    if carries_ext4(node)? {
+        tracing::warn!(device = %node.display(), "a disk that carries a file system is formatted, as the host wants it");
+    }
+    let mut command = Command::new(program);
+    command.args(["-F", "-q", "-O", "^has_journal", "-m", "0", "-i", "163840", "-I", "128"]).arg(node);
+    let output = program::run(&guest.reaper, command, &[], MKFS_LIMIT)?;
+    match output.code {
+        0 => Ok(()),
+        code => Err(std::io::Error::other(format!("mkfs.ext4 ended with {code}: {}", output.words())))
+            .during(|| format!("make a file system on {}", node.display())),
+    }
+}
+
+/// The magic number of the superblock, which starts at 1024.
+fn carries_ext4(node: &Path) -> Result<bool> {
+    let mut magic = [0; 2];
+    File::open(node)
+        .and_then(|disk| disk.read_exact_at(&mut magic, 1024 + 0x38))
+        .during(|| format!("read {}", node.display()))?;
+    Ok(magic == [0x53, 0xef])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::disks::{Disk, alone, job, mounts_below, nothing_in, run, writable};
+    use super::*;
+
+    const POINT: &str = "/run/kata-containers/sandbox/storage/x";
+
+    fn storage(options: &[&str], driver_options: &[&str]) -> Storage {
+        let strings = |list: &[&str]| list.iter().map(|option| (*option).to_owned()).collect();
+        Storage {
+            driver: "blk".into(),
+            source: "02".into(),
+            fstype: "ext4".into(),
+            mount_point: POINT.into(),
+            options: strings(options),
+            driver_options: strings(driver_options),
+            ..Default::default()
+        }
+    }
+
+    #[test]
+    fn a_disk_is_mounted_as_its_options_say_and_goes_without_a_trace() {
+        let Some(disk) = Disk::ext4("hello") else { return };
+        alone(|| {
+            for (options, can_write) in
+                [(&["ro"][..], false), (&["rw,noatime", "errors=continue"], true), (&[], true)]
+            {
+                let mounted = run(mount, &job(storage(options, &[]), Some(&disk.node))).unwrap();
+                assert_eq!(std::fs::read_to_string(format!("{POINT}/hello")).unwrap(), "hello");
+                assert_eq!(writable(POINT), can_write, "{options:?}");
+                mounted.undo(POINT);
+                assert!(mounts_below("/run").is_empty());
+                assert!(nothing_in("/run/kata-containers/sandbox/storage"));
+            }
+        });
+    }
+
+    #[test]
+    fn a_failure_leaves_nothing_and_says_what_failed_on_what() {
+        let Some(disk) = Disk::blank() else { return };
+        alone(|| {
+            let no_type = Storage { fstype: String::new(), ..storage(&[], &[]) };
+            let cases = [
+                (storage(&[], &[]), disk.node.to_str().unwrap()),
+                (storage(&["surely-no-option"], &[]), "ext4"),
+                (no_type, "fstype"),
+                (storage(&["X-kata.dmverity-enabled=true"], &[]), "dmverity-enabled"),
+                (storage(&[], &["encryption_key=ephemeral", "create_filesystem"]), "encrypted volumes"),
+                (storage(&[], &["surely-no-option"]), "surely-no-option"),
+            ];
+            for (storage, expected) in cases {
+                let error = run(mount, &job(storage, Some(&disk.node))).err().unwrap().to_string();
+                assert!(error.contains(expected), "{expected}: {error}");
+                assert!(mounts_below("/run").is_empty());
+                assert!(nothing_in("/run/kata-containers/sandbox/storage"));
+            }
+        });
+    }
+
+    #[test]
+    fn what_is_mounted_already_is_not_covered() {
+        let Some(disk) = Disk::ext4("hello") else { return };
+        alone(|| {
+            let mounted = run(mount, &job(storage(&[], &[]), Some(&disk.node))).unwrap();
+            assert!(matches!(run(mount, &job(storage(&[], &[]), Some(&disk.node))), Err(Error::State(_))));
+            assert_eq!(mounts_below("/run"), [POINT]);
+            mounted.undo(POINT);
+        });
+    }
+
+    #[test]
+    fn a_file_system_is_made_only_when_asked_for() {
+        for (options, fstype, wanted) in [
+            (&[][..], "xfs", Some(false)),
+            (&["create_filesystem"], "ext4", Some(true)),
+            (&["create_filesystem=true"], "ext4", Some(true)),
+            (&["create_filesystem=false"], "ext4", Some(false)),
+            (&["create_filesystem"], "xfs", None),
+            (&["encryption_key=ephemeral"], "ext4", None),
+        ] {
+            let storage = Storage { fstype: fstype.into(), ..storage(&[], options) };
+            assert_eq!(wants_filesystem(&storage).ok(), wanted, "{options:?} {fstype}");
+        }
+        let Some((full, blank)) = Disk::ext4("hello").zip(Disk::blank()) else { return };
+        assert!(carries_ext4(&full.node).unwrap());
+        assert!(!carries_ext4(&blank.node).unwrap());
+    }
+}
