@@ -5,6 +5,8 @@
 mod devices;
 #[path = "agent/memory.rs"]
 mod memory;
+#[path = "agent/network.rs"]
+mod network;
 #[path = "agent/rpc.rs"]
 mod rpc;
 
@@ -17,6 +19,7 @@ use bulkhead_e2e::{Case, run};
 const FAMILIES: &[&[Case]] = &[
     devices::CASES,
     memory::CASES,
+    network::CASES,
     rpc::CASES,
 ];
 

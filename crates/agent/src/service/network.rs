@@ -29,6 +29,8 @@ pub(super) async fn update_interface(
         .interface
         .into_option()
         .ok_or_else(|| Error::Invalid("the request has no interface".into()))?;
+    // The driver of the host's interfaces is loaded behind the server's back, and hosts ask for them first of all.
+    service.sandbox.guest.prepared().await;
     let plugged = if wanted.devicePath.is_empty() {
         None
     } else {
@@ -43,13 +45,15 @@ pub(super) async fn update_routes(service: &Service, request: UpdateRoutesReques
     own_machine(service, "network")?;
     let wanted =
         request.routes.into_option().ok_or_else(|| Error::Invalid("the request has no routes".into()))?;
+    service.sandbox.guest.prepared().await;
     let network = Arc::clone(&service.network);
     let routes = to_the_end(blocking(move || network.update_routes(&wanted.Routes))).await?;
     Ok(Routes { Routes: routes, ..Default::default() })
 }
 
 /// Lists the interfaces.
-pub(super) async fn interfaces(_: &Service, _: ListInterfacesRequest) -> Result<Interfaces> {
+pub(super) async fn interfaces(service: &Service, _: ListInterfacesRequest) -> Result<Interfaces> {
+    service.sandbox.guest.prepared().await;
     Ok(Interfaces { Interfaces: blocking(network::interfaces).await?, ..Default::default() })
 }
 
@@ -65,6 +69,7 @@ pub(super) async fn add_neighbours(service: &Service, request: AddARPNeighborsRe
         .neighbors
         .into_option()
         .ok_or_else(|| Error::Invalid("the request has no neighbours".into()))?;
+    service.sandbox.guest.prepared().await;
     let network = Arc::clone(&service.network);
     to_the_end(blocking(move || network.add_neighbours(&wanted.ARPNeighbors))).await?;
     Ok(Empty::new())
