@@ -3,7 +3,7 @@
 use anyhow::{Context, ensure};
 use bulkhead_e2e::{
     Case, Scratch,
-    agent::{Agent, Hardware, Nic, context, failed, grant, in_vm, mount, plain},
+    agent::{Agent, Hardware, Nic, context, failed, grant, in_vm, mount, plain, process},
     cases,
 };
 use bulkhead_protocol::{
@@ -70,12 +70,10 @@ async fn listed(agent: &Agent, name: &str) -> anyhow::Result<Interface> {
     list.into_iter().find(|interface| interface.name == name).with_context(|| format!("no interface {name}"))
 }
 
-/// A sleeping container that may send what it likes.
+/// The sandbox, and a sleeping container.
 async fn run(agent: &Agent, id: &str) -> anyhow::Result<()> {
     agent.pod().await?;
-    let mut spec = agent.spec(&["sleep", "1000"]);
-    grant(spec.Process.mut_or_insert_default(), &["CAP_NET_RAW"]);
-    agent.run_spec(id, spec).await?;
+    agent.run(id, &["sleep", "1000"]).await?;
     Ok(())
 }
 
@@ -84,9 +82,13 @@ async fn ping(agent: &Agent, id: &str, exec_id: &str, target: &str) -> anyhow::R
     let program = if target.contains(':') { "ping6" } else { "ping" };
     // The first packets may be lost while the interface wakes up.
     let line = format!(
-        "for n in 1 2 3 4 5; do {program} -c 1 -W 5 {target} && exit 0; done; ip addr; ip route; exit 1"
+        "exec 2>&1; for n in 1 2 3 4 5; do {program} -c 1 -W 5 {target} && exit 0; done; ip addr; ip route; exit 1"
     );
-    agent.line(id, exec_id, &line).await.map(drop)
+    let mut process = process(&["sh", "-c", &line]);
+    grant(&mut process, &["CAP_NET_RAW"]);
+    let (output, code) = agent.output(id, exec_id, process).await?;
+    ensure!(code == 0, "{output}");
+    Ok(())
 }
 
 fn interfaces_swap_their_names_and_carry_packets(scratch: &Scratch) -> anyhow::Result<()> {
