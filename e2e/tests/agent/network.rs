@@ -248,7 +248,8 @@ fn routes_become_what_is_wanted_in_both_families(scratch: &Scratch) -> anyhow::R
         let bad = [route("10.60.0.0/16", GATEWAY, "eth0"), route("10.70.0.0/16", "172.16.0.1", "eth0")];
         let text = failed(update_routes(agent, &bad).await, Kind::Internal)?;
         ensure!(
-            text.contains("10.70.0.0/16 by 172.16.0.1 on eth0") && text.contains("1 were added"),
+            text.contains("10.70.0.0/16 by 172.16.0.1 on eth0")
+                && text.contains("1 of 2 new routes are there"),
             "{text}"
         );
         let table = agent.line("c1", "table3", "ip route").await?;

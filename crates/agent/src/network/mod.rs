@@ -36,7 +36,7 @@ use std::{
 use bulkhead_protocol::{agent::NetworkStats, types};
 
 use crate::{
-    error::{During, Result},
+    error::{During, Error, Result},
     program,
     reaper::Reaper,
     sync::lock,
@@ -51,6 +51,9 @@ const PROGRAM: Duration = Duration::from_secs(10);
 
 /// The loopback interface has the first index in every network namespace.
 const LOOPBACK: u32 = 1;
+
+/// A request that names more addresses, routes or neighbours is refused: each is held against all the others.
+const MOST: usize = 4096;
 
 /// The guest's network. Changes come one after the other: each reads what there is, and then makes it what is wanted.
 /// The lock is held by threads that may block, for a talk with the kernel, which cannot hang.
@@ -73,6 +76,7 @@ impl Network {
         wanted: &types::Interface,
         plugged: Option<&str>,
     ) -> Result<types::Interface> {
+        bounded("addresses", wanted.IPAddresses.len())?;
         let understood = interface::Wanted::of(wanted)?;
         let plugged = plugged.map(index_of).transpose()?;
         let mut ours = lock(&self.ours);
@@ -82,6 +86,7 @@ impl Network {
 
     /// Makes the routes of the host's links those that are wanted; answers with all there are.
     pub(crate) fn update_routes(&self, wanted: &[types::Route]) -> Result<Vec<types::Route>> {
+        bounded("routes", wanted.len())?;
         let wanted = wanted.iter().map(route::Wanted::of).collect::<Result<Vec<_>>>()?;
         let mut ours = lock(&self.ours);
         let mut netlink = talk()?;
@@ -91,6 +96,7 @@ impl Network {
 
     /// Tells the guest of neighbours.
     pub(crate) fn add_neighbours(&self, neighbours: &[types::ARPNeighbor]) -> Result<()> {
+        bounded("neighbours", neighbours.len())?;
         let _changes = lock(&self.ours);
         neighbour::add(&mut talk()?, neighbours)
     }
@@ -125,6 +131,13 @@ fn run(reaper: &Arc<Reaper>, command: Command, input: &[u8]) -> Result<program::
     program::run(reaper, command, input, PROGRAM)
 }
 
+fn bounded(what: &str, count: usize) -> Result<()> {
+    if count <= MOST {
+        return Ok(());
+    }
+    Err(Error::Invalid(format!("{count} {what} are more than the {MOST} that one request may have")))
+}
+
 fn talk() -> Result<Netlink> {
     Netlink::open().during(|| "open a netlink socket".into())
 }
@@ -153,5 +166,62 @@ mod tests {
                 .is_ok()
         });
         assert!(up.join().unwrap());
+    }
+
+    #[test]
+    fn updates_that_come_at_once_are_made_one_after_the_other() {
+        namespace::Namespace::run(|namespace| {
+            let [first, _] = namespace.pair_up("eth0", "eth1");
+            let network = Network::default();
+            let address =
+                types::IPAddress { address: "10.0.0.2".into(), mask: "24".into(), ..Default::default() };
+            let wanted = types::Interface {
+                name: "eth0".into(),
+                hwAddr: first.mac.unwrap().to_string(),
+                IPAddresses: vec![address],
+                ..Default::default()
+            };
+            network.update_interface(&wanted, None).unwrap();
+            let routes = |of: u8| {
+                let route = |n: u8| types::Route {
+                    dest: format!("10.{n}.0.0/16"),
+                    gateway: format!("10.0.0.{of}"),
+                    device: "eth0".into(),
+                    ..Default::default()
+                };
+                (1..40).map(route).collect::<Vec<_>>()
+            };
+            std::thread::scope(|scope| {
+                for of in [3, 4, 5] {
+                    let (network, routes) = (&network, routes(of));
+                    scope.spawn(move || {
+                        for _ in 0..5 {
+                            network.update_routes(&routes).unwrap();
+                        }
+                    });
+                }
+            });
+            let mut gateways: Vec<_> = super::routes()
+                .unwrap()
+                .into_iter()
+                .map(|route| route.gateway)
+                .filter(|by| !by.is_empty())
+                .collect();
+            assert_eq!(gateways.len(), 39);
+            gateways.dedup();
+            assert_eq!(gateways.len(), 1, "{gateways:?}");
+        });
+    }
+
+    #[test]
+    fn a_request_of_too_many_things_is_refused() {
+        let network = Network::default();
+        let many = vec![types::Route { device: "eth0".into(), ..Default::default() }; MOST + 1];
+        assert!(matches!(network.update_routes(&many), Err(Error::Invalid(_))));
+        let many = vec![types::ARPNeighbor::default(); MOST + 1];
+        assert!(matches!(network.add_neighbours(&many), Err(Error::Invalid(_))));
+        let many = vec![types::IPAddress::default(); MOST + 1];
+        let interface = types::Interface { name: "eth0".into(), IPAddresses: many, ..Default::default() };
+        assert!(matches!(network.update_interface(&interface, None), Err(Error::Invalid(_))));
     }
 }

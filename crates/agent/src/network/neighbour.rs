@@ -33,7 +33,7 @@ pub(super) fn add(netlink: &mut Netlink, neighbours: &[ARPNeighbor]) -> Result<(
         let create = Request::create(libc::RTM_NEWNEIGH, Existing::Replace, &neighbour.message(link.index));
         netlink.change(create).during(|| {
             let (address, device, all) = (neighbour.address, neighbour.device, neighbours.len());
-            format!("add the neighbour {address} on {device} (of {all} neighbours {done} were added)")
+            format!("add the neighbour {address} on {device} ({done} of {all} neighbours are there)")
         })?;
     }
     Ok(())

@@ -13,7 +13,7 @@ use super::{
     netlink::{Existing, Netlink, Request},
     route::{self, Route, Wanted},
 };
-use crate::error::{During, Result};
+use crate::error::{During, Error, Result};
 
 /// What is to be done, in this order.
 #[derive(Debug, Default, PartialEq)]
@@ -41,7 +41,7 @@ fn resolve<'a>(wanted: &'a [Wanted], links: &[Link]) -> Result<Vec<(&'a Wanted, 
     let mut routes: Vec<(&Wanted, Route)> = Vec::new();
     for wanted in wanted {
         let link = link::named(links, &wanted.device).map_err(|error| match error {
-            crate::error::Error::State(text) => crate::error::Error::State(format!("{wanted}: {text}")),
+            Error::State(text) => Error::State(format!("{wanted}: {text}")),
             error => error,
         })?;
         let mut route = Route { link: link.index, ..wanted.route.clone() };
@@ -109,7 +109,7 @@ impl Plan<'_> {
                 added => added.during(|| {
                     let all = self.added.len();
                     format!(
-                        "add {wanted} (of {all} new routes {done} were added, and no old one was removed)"
+                        "add {wanted} ({done} of {all} new routes are there, what is no longer wanted is not removed)"
                     )
                 })?,
             }
@@ -334,7 +334,7 @@ mod tests {
             let asked =
                 [request("10.8.0.0/16", "10.0.0.1", "eth0"), request("10.9.0.0/16", "192.168.7.7", "eth0")];
             let error = update_to(namespace, &asked).unwrap_err().to_string();
-            let name = "add the route to 10.9.0.0/16 by 192.168.7.7 on eth0 (of 2 new routes 1 were added";
+            let name = "add the route to 10.9.0.0/16 by 192.168.7.7 on eth0 (1 of 2 new routes are there";
             assert!(error.starts_with(name) && error.contains("Nexthop has invalid gateway"), "{error}");
             let texts = [
                 "the route to 10.7.0.0/16 by 10.0.0.1 on eth0",
