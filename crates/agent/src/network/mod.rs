@@ -191,25 +191,24 @@ mod tests {
                 };
                 (1..40).map(route).collect::<Vec<_>>()
             };
-            std::thread::scope(|scope| {
-                for of in [3, 4, 5] {
-                    let (network, routes) = (&network, routes(of));
-                    scope.spawn(move || {
-                        for _ in 0..5 {
+            for round in 0..20 {
+                let together = std::sync::Barrier::new(3);
+                std::thread::scope(|scope| {
+                    for of in [3, 4, 5] {
+                        let (network, together, routes) = (&network, &together, routes(of));
+                        scope.spawn(move || {
+                            together.wait();
                             network.update_routes(&routes).unwrap();
-                        }
-                    });
-                }
-            });
-            let mut gateways: Vec<_> = super::routes()
-                .unwrap()
-                .into_iter()
-                .map(|route| route.gateway)
-                .filter(|by| !by.is_empty())
-                .collect();
-            assert_eq!(gateways.len(), 39);
-            gateways.dedup();
-            assert_eq!(gateways.len(), 1, "{gateways:?}");
+                        });
+                    }
+                });
+                let all = super::routes().unwrap().into_iter();
+                let mut gateways: Vec<_> =
+                    all.map(|route| route.gateway).filter(|by| !by.is_empty()).collect();
+                assert_eq!(gateways.len(), 39, "round {round}");
+                gateways.dedup();
+                assert_eq!(gateways.len(), 1, "{gateways:?}");
+            }
         });
     }
 
