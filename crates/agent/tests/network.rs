@@ -2,6 +2,7 @@
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+#[allow(dead_code, reason = "each file of tests uses a part of it")]
 mod support;
 
 use bulkhead_protocol::{

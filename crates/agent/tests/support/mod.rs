@@ -1,7 +1,6 @@
 //! A real agent as a plain process, in a mount namespace of its own, and a busybox to run in it.
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
-#![allow(dead_code, reason = "each file of tests uses a part of it")]
 
 use std::{
     os::unix::{fs::symlink, process::ExitStatusExt},
