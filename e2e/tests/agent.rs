@@ -13,6 +13,8 @@ mod faults;
 mod files;
 #[path = "agent/load.rs"]
 mod load;
+#[path = "agent/network.rs"]
+mod network;
 #[path = "agent/rpc.rs"]
 mod rpc;
 #[path = "agent/storage.rs"]
@@ -31,6 +33,7 @@ const FAMILIES: &[&[Case]] = &[
     faults::CASES,
     files::CASES,
     load::CASES,
+    network::CASES,
     rpc::CASES,
     storage::CASES,
 ];

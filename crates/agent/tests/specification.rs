@@ -17,8 +17,7 @@ fn root() -> PathBuf {
 /// The rows of the table below a heading: the cells of each.
 fn table(heading: &str) -> Vec<Vec<String>> {
     let text = fs::read_to_string(root().join("SPECIFICATION.md")).unwrap();
-    let (_, rest) =
-        text.split_once(&format!("\n## {heading}\n")).unwrap_or_else(|| panic!("no {heading:?}"));
+    let (_, rest) = text.split_once(&format!("\n## {heading}\n")).unwrap_or_else(|| panic!("no {heading:?}"));
     let section = rest.split_once("\n## ").map_or(rest, |(section, _)| section);
     let rows = section.lines().filter(|line| line.starts_with('|')).skip(2);
     rows.map(|row| row.trim_matches('|').split(" | ").map(|cell| cell.trim().to_owned()).collect()).collect()

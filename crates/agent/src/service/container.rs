@@ -13,7 +13,7 @@ use bulkhead_protocol::{
 use super::Service;
 use crate::{
     error::{Error, Result},
-    stats,
+    network, stats,
     sync::{blocking, to_the_end},
 };
 
@@ -88,8 +88,10 @@ pub(super) async fn stats(
     request: StatsContainerRequest,
 ) -> Result<StatsContainerResponse> {
     let container = service.sandbox.container(&request.container_id)?;
-    let stats = blocking(move || Ok(container.executor.stats()?)).await?;
-    Ok(StatsContainerResponse { cgroup_stats: Some(stats::to_wire(stats)).into(), ..Default::default() })
+    let (stats, network_stats) =
+        blocking(move || Ok((container.executor.stats()?, network::stats()?))).await?;
+    let cgroup_stats = Some(stats::to_wire(stats)).into();
+    Ok(StatsContainerResponse { cgroup_stats, network_stats, ..Default::default() })
 }
 
 /// Freezes a container.
