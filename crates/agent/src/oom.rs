@@ -53,11 +53,14 @@ struct Watched {
 }
 
 impl OomWatcher {
-    /// Watches a container's `memory.events` until that file is gone. Has to be called on the runtime.
+    /// Watches a container's `memory.events` until that file is gone; again is no error. Has to be called on the runtime.
     pub(crate) fn watch(self: &Arc<Self>, container: &str, file: PathBuf) -> Result<()> {
         let what = || format!("watch {} for lack of memory", file.display());
         let kills = kills(&file).during(what)?;
         let mut state = lock(&self.state);
+        if state.watched.values().any(|watched| watched.container == container) {
+            return Ok(());
+        }
         let inotify = match &state.inotify {
             Some(inotify) => Arc::clone(inotify),
             None => {

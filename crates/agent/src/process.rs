@@ -22,7 +22,8 @@ pub(crate) struct Process {
 }
 
 impl Process {
-    /// Takes over a process that was spawned under `spawning`. `on_exit` runs once its exit is known to all who wait.
+    /// Takes over a process that was spawned under `spawning`; one that cannot be is killed. `on_exit` runs once its exit is
+    /// known to all who wait.
     pub(crate) fn adopt(
         process: bulkhead_executor::Process,
         pipe_size: usize,
@@ -30,8 +31,11 @@ impl Process {
         on_exit: OnExit,
     ) -> Result<Arc<Process>> {
         let pid = process.pid;
-        let streams = Streams::new(process.streams, pipe_size)
-            .during(|| format!("watch the streams of process {pid}"))?;
+        let streams = Streams::new(process.streams, pipe_size).inspect_err(|_| {
+            // The only failure is that it is gone already.
+            let _ = sys::pidfd_send_signal(process.pidfd.as_fd(), libc::SIGKILL);
+        });
+        let streams = streams.during(|| format!("watch the streams of process {pid}"))?;
         let process =
             Arc::new(Process { pid, pidfd: process.pidfd, exit: watch::Sender::new(None), streams });
         let exiting = Arc::clone(&process);

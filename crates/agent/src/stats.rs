@@ -7,6 +7,8 @@ use bulkhead_executor::{CpuStats, IoStats, MemoryStats, PidsStats, Stats};
 use bulkhead_protocol::agent;
 use bulkhead_protocol::protobuf::MessageField;
 
+use crate::error::{During, Result};
+
 /// The figures as a response carries them.
 pub(crate) fn to_wire(stats: Stats) -> agent::CgroupStats {
     let hugetlb = stats.hugetlb.into_iter().map(|pages| {
@@ -25,6 +27,49 @@ pub(crate) fn to_wire(stats: Stats) -> agent::CgroupStats {
         hugetlb_stats: hugetlb.collect(),
         ..Default::default()
     }
+}
+
+/// The figures of the guest's network interfaces, which all its containers share.
+pub(crate) fn network() -> Result<Vec<agent::NetworkStats>> {
+    const FILE: &str = "/proc/thread-self/net/dev";
+    let text = std::fs::read_to_string(FILE).during(|| format!("read {FILE}"))?;
+    Ok(text.lines().filter_map(interface).filter(|interface| interface.name != "lo").collect())
+}
+
+/// A line of `/proc/net/dev`: the name, eight figures of what came in, eight of what went out.
+fn interface(line: &str) -> Option<agent::NetworkStats> {
+    let (name, figures) = line.split_once(':')?;
+    let figures: Vec<u64> = figures.split_whitespace().map_while(|figure| figure.parse().ok()).collect();
+    let [
+        rx_bytes,
+        rx_packets,
+        rx_errors,
+        rx_dropped,
+        _,
+        _,
+        _,
+        _,
+        tx_bytes,
+        tx_packets,
+        tx_errors,
+        tx_dropped,
+        ..,
+    ] = *figures
+    else {
+        return None;
+    };
+    Some(agent::NetworkStats {
+        name: name.trim().to_owned(),
+        rx_bytes,
+        rx_packets,
+        rx_errors,
+        rx_dropped,
+        tx_bytes,
+        tx_packets,
+        tx_errors,
+        tx_dropped,
+        ..Default::default()
+    })
 }
 
 fn cpu(cpu: &CpuStats) -> agent::CpuStats {
@@ -140,6 +185,17 @@ mod tests {
         };
         assert_eq!((value("read"), value("wios")), (Some((254, 1, 11)), Some((254, 1, 12))));
         assert_eq!((wire.hugetlb_stats["2MB"].usage, wire.hugetlb_stats["2MB"].failcnt), (1, 3));
+    }
+
+    #[test]
+    fn an_interface_is_a_line() {
+        let line = "  eth0: 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16";
+        let figures = interface(line).unwrap();
+        assert_eq!((figures.name.as_str(), figures.rx_bytes, figures.rx_dropped), ("eth0", 1, 4));
+        assert_eq!((figures.tx_bytes, figures.tx_packets, figures.tx_dropped), (9, 10, 12));
+        for line in ["face |bytes packets", "  eth0: 1 2 3", "", "a: b"] {
+            assert!(interface(line).is_none(), "{line:?}");
+        }
     }
 
     #[test]

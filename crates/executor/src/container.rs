@@ -2,7 +2,7 @@
 
 use std::{
     io,
-    os::fd::{AsFd, OwnedFd},
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
     path::PathBuf,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
@@ -262,6 +262,21 @@ impl Container {
     /// The pid of init.
     pub fn init_pid(&self) -> i32 {
         self.init_pid
+    }
+
+    /// Refers to init whatever becomes of its pid; readable once it has ended.
+    pub fn init_pidfd(&self) -> BorrowedFd<'_> {
+        self.init.as_fd()
+    }
+
+    /// The mount namespace as it was made, wherever init may be now.
+    pub fn mount_namespace(&self) -> Result<OwnedFd, Error> {
+        let state = self.state();
+        let at = self.kinds.iter().position(|kind| *kind == NamespaceKind::Mount);
+        match at.and_then(|at| state.namespaces.get(at)) {
+            Some(namespace) => namespace.try_clone().map_err(Error::io("duplicating a namespace")),
+            None => Err(self.wrong_state(&state, "enter the mount namespace")),
+        }
     }
 
     /// Where in its life the container is.

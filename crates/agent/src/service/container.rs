@@ -14,7 +14,7 @@ use super::Service;
 use crate::{
     error::{Error, Result},
     stats,
-    sync::{blocking, to_the_end},
+    sync::to_the_end,
 };
 
 /// Makes a container; its init waits before its command.
@@ -22,9 +22,6 @@ pub(super) async fn create(service: &Service, request: CreateContainerRequest) -
     check_id(&request.container_id)?;
     if let Some(device) = request.devices.first() {
         return Err(Error::Unsupported(format!("devices of type {:?}", device.type_)));
-    }
-    if !request.shared_mounts.is_empty() {
-        return Err(Error::Unsupported("mounts shared between containers".into()));
     }
     if request.stdin_port != 0 || request.stdout_port != 0 || request.stderr_port != 0 {
         return Err(Error::Unsupported("standard streams over vsock ports".into()));
@@ -50,11 +47,13 @@ fn check_id(id: &str) -> Result<()> {
 /// Releases init into its command.
 pub(super) async fn start(service: &Service, request: StartContainerRequest) -> Result<Empty> {
     let container = service.sandbox.container(&request.container_id)?;
-    // From its first moment on the container can lack memory.
-    if let Some(events) = container.executor.memory_events() {
+    // From its first moment on the container can lack memory. Nobody asks about the sandbox's own.
+    if let Some(events) = container.executor.memory_events()
+        && !service.sandbox.is_its_own(container.id())
+    {
         service.sandbox.oom.watch(container.id(), events)?;
     }
-    to_the_end(blocking(move || Ok(container.executor.start()?))).await?;
+    to_the_end(async move { container.start().await }).await?;
     Ok(Empty::new())
 }
 
@@ -80,7 +79,7 @@ pub(super) async fn remove(service: &Service, request: RemoveContainerRequest) -
 pub(super) async fn update(service: &Service, request: UpdateContainerRequest) -> Result<Empty> {
     let container = service.sandbox.container(&request.container_id)?;
     if let Some(resources) = request.resources.into_option() {
-        to_the_end(blocking(move || Ok(container.executor.update(&resources)?))).await?;
+        to_the_end(async move { container.control(move |c| c.update(&resources)).await }).await?;
     }
     Ok(Empty::new())
 }
@@ -91,21 +90,25 @@ pub(super) async fn stats(
     request: StatsContainerRequest,
 ) -> Result<StatsContainerResponse> {
     let container = service.sandbox.container(&request.container_id)?;
-    let stats = blocking(move || Ok(container.executor.stats()?)).await?;
-    Ok(StatsContainerResponse { cgroup_stats: Some(stats::to_wire(stats)).into(), ..Default::default() })
+    let stats = container.control(bulkhead_executor::Container::stats).await?;
+    Ok(StatsContainerResponse {
+        cgroup_stats: Some(stats::to_wire(stats)).into(),
+        network_stats: stats::network()?,
+        ..Default::default()
+    })
 }
 
 /// Freezes a container.
 pub(super) async fn pause(service: &Service, request: PauseContainerRequest) -> Result<Empty> {
     let container = service.sandbox.container(&request.container_id)?;
-    to_the_end(blocking(move || Ok(container.executor.pause()?))).await?;
+    to_the_end(async move { container.control(bulkhead_executor::Container::pause).await }).await?;
     Ok(Empty::new())
 }
 
 /// Thaws a container.
 pub(super) async fn resume(service: &Service, request: ResumeContainerRequest) -> Result<Empty> {
     let container = service.sandbox.container(&request.container_id)?;
-    to_the_end(blocking(move || Ok(container.executor.resume()?))).await?;
+    to_the_end(async move { container.control(bulkhead_executor::Container::resume).await }).await?;
     Ok(Empty::new())
 }
 

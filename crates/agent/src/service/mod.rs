@@ -24,6 +24,8 @@ use bulkhead_protocol::{
 };
 use ttrpc::r#async::TtrpcContext;
 
+pub(crate) use process::user_names;
+
 use crate::{metrics::Metrics, policy::Policy, sandbox::Sandbox, trace::Tracer};
 
 /// What every RPC works on.
