@@ -1,6 +1,8 @@
 //! The guest agent in a real VM and as a plain process, alone. A file per family of requests below `agent/`; the runner of
 //! the cases is the crate's, the VMs are `bulkhead_e2e::agent`'s.
 
+#[path = "agent/containers.rs"]
+mod containers;
 #[path = "agent/rpc.rs"]
 mod rpc;
 
@@ -12,6 +14,7 @@ use bulkhead_e2e::{Case, run};
 #[rustfmt::skip]
 const FAMILIES: &[&[Case]] = &[
     rpc::CASES,
+    containers::CASES,
 ];
 
 fn main() -> ExitCode {

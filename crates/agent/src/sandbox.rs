@@ -139,13 +139,19 @@ impl Sandbox {
 
     async fn prepare(&self, request: CreateSandboxRequest) -> Result<(Pod, GuestHooks)> {
         self.guest.prepared().await;
-        let guest_hooks = blocking(move || GuestHooks::scan(&request.guest_hook_path)).await?;
         let hostname = request.hostname.clone();
         let pod = blocking(move || Pod::create(&hostname)).await?;
         let (dns, init) = (request.dns.clone(), self.guest.init);
         blocking(move || network::write_resolv_conf(&dns, init)).await?;
-        self.storages.add_all(request.storages, None).await?;
-        Ok((pod, guest_hooks))
+        let storages = self.storages.add_all(request.storages, None).await?;
+        // They may be in one of the storages.
+        match blocking(move || GuestHooks::scan(&request.guest_hook_path)).await {
+            Ok(guest_hooks) => Ok((pod, guest_hooks)),
+            Err(error) => {
+                self.storages.release_all(&storages).await;
+                Err(error)
+            }
+        }
     }
 
     /// Whether an id is that of the sandbox itself, and a container of that name the pod's own.

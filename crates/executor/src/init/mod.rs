@@ -156,6 +156,7 @@ fn run() -> io::Result<()> {
     if let Err(fault) = namespaces::enter_pid(&child) {
         return report(&channel, Stage::Namespaces, fault);
     }
+    let joins_pid = child.plan.namespaces.join.contains(&NamespaceKind::Pid);
     // The process speaks only after it has been announced.
     let (announced, announce) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)?;
     match sys::clone_sibling(child.cgroup.as_ref().map(AsFd::as_fd)) {
@@ -172,6 +173,10 @@ fn run() -> io::Result<()> {
             channel.send(&FromChild::Spawned { pid }, &[pidfd.as_fd()])?;
             rustix::io::write(announce, &[1])?;
             Ok(())
+        }
+        // What the kernel says when the first process of a pid namespace is gone.
+        Err(error) if error.raw_os_error() == Some(libc::ENOMEM) && joins_pid => {
+            report(&channel, Stage::Spawn, Fault::new(libc::ENOMEM, "has the pid namespace it joins ended?"))
         }
         Err(error) => report(&channel, Stage::Spawn, error.into()),
     }
