@@ -189,6 +189,27 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn watching_again_loses_nothing_and_the_queue_is_bounded() {
+        let directory = tempfile::tempdir().unwrap();
+        let watcher = Arc::new(OomWatcher::default());
+        let file = |n: usize| directory.path().join(n.to_string());
+        for n in 0..=QUEUE {
+            std::fs::write(file(n), events(0)).unwrap();
+            watcher.watch(&n.to_string(), file(n)).unwrap();
+        }
+        for n in 0..=QUEUE {
+            std::fs::write(file(n), events(1)).unwrap();
+            watcher.watch(&n.to_string(), file(n)).unwrap();
+            watcher.unwatch(&n.to_string());
+        }
+        // The oldest has gone.
+        for n in 1..=QUEUE {
+            assert_eq!(watcher.next().await, Some(n.to_string()));
+        }
+        assert!(tokio::time::timeout(std::time::Duration::from_millis(20), watcher.next()).await.is_err());
+    }
+
+    #[tokio::test]
     async fn the_last_look_sees_what_no_event_told() {
         let directory = tempfile::tempdir().unwrap();
         let file = directory.path().join("memory.events");

@@ -101,6 +101,25 @@ fn drops_sigterm(status: &str) -> bool {
 mod tests {
     use super::*;
 
+    #[tokio::test]
+    async fn a_process_that_cannot_be_adopted_is_killed() {
+        let mut child = std::process::Command::new("/bin/sleep").arg("1000").spawn().unwrap();
+        let pid = rustix::process::Pid::from_child(&child);
+        let pidfd = rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::empty()).unwrap();
+        let ended = pidfd.try_clone().unwrap();
+        // A file is never waited for, so that the runtime refuses it.
+        let stdout = Some(tempfile::tempfile().unwrap().into());
+        let streams = bulkhead_executor::Streams { stdout, ..Default::default() };
+        let process = bulkhead_executor::Process { pid: pid.as_raw_pid(), pidfd, streams };
+        let spawning = Arc::<crate::reaper::Reaper>::default().spawning();
+        assert!(Process::adopt(process, 0, &spawning, Box::new(|_| {})).is_err());
+        let mut fds = [rustix::event::PollFd::new(&ended, rustix::event::PollFlags::IN)];
+        let patience = rustix::event::Timespec { tv_sec: 30, tv_nsec: 0 };
+        assert_eq!(rustix::event::poll(&mut fds, Some(&patience)), Ok(1), "it runs");
+        // The reaper of another test may have been quicker.
+        let _ = child.wait();
+    }
+
     #[test]
     fn only_a_first_process_that_does_nothing_about_it_drops_sigterm() {
         let status = |pids: &str, caught: &str| {

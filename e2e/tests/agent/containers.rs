@@ -184,14 +184,15 @@ fn lack_of_memory_is_told_of_containers_and_not_of_the_pod(scratch: &Scratch) ->
             agent.run_spec(id, small).await?;
         }
         ensure!(agent.shell("pod", "hog", hog).await?.1 == 128 + 9);
+        let next = GetOOMEventRequest::new();
         // Each event is told, and once.
         for exec in ["first", "second"] {
             ensure!(agent.shell("c1", exec, hog).await?.1 == 128 + 9);
-            let event = agent.client.get_oom_event(Deadline::default(), &GetOOMEventRequest::new());
+            let event = agent.client.get_oom_event(Deadline::default(), &next);
             let event = tokio::time::timeout(Duration::from_secs(30), event).await.context("no event")??;
             ensure!(event.container_id == "c1", "{event:?}");
         }
-        let quiet = agent.client.get_oom_event(Deadline::default(), &GetOOMEventRequest::new());
+        let quiet = agent.client.get_oom_event(Deadline::default(), &next);
         ensure!(tokio::time::timeout(Duration::from_millis(500), quiet).await.is_err(), "an event too many");
         agent.check().await?;
         Ok(())
