@@ -76,8 +76,7 @@ mod tests {
         let (release, hang) = std::sync::mpsc::channel::<()>();
         let lane = narrow.clone();
         // Given up by whoever asked; its place stays taken.
-        let hung =
-            tokio::spawn(async move { lane.blocking(move || Ok(hang.recv().unwrap_or_default())).await });
+        let hung = tokio::spawn(async move { lane.blocking(move || Ok(hang.recv().is_ok())).await });
         while narrow.0.available_permits() > 0 {
             tokio::task::yield_now().await;
         }

@@ -120,7 +120,8 @@ async fn a_failing_hook_fails_its_request_and_leaves_nothing() {
         mount_point: volume.to_str().unwrap().into(),
         ..Default::default()
     };
-    let lists: [(&str, fn(&mut oci::Hooks) -> &mut Vec<oci::Hook>); 3] = [
+    type List = fn(&mut oci::Hooks) -> &mut Vec<oci::Hook>;
+    let lists: [(&str, List); 3] = [
         ("prestart", |hooks| &mut hooks.Prestart),
         ("createRuntime", |hooks| &mut hooks.CreateRuntime),
         ("createContainer", |hooks| &mut hooks.CreateContainer),

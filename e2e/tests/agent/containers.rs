@@ -70,12 +70,12 @@ fn limits_are_set_updated_and_counted(scratch: &Scratch) -> anyhow::Result<()> {
         ];
         expect(agent, "set", &set).await?;
 
-        // A processor's second at a fifth of it, and a file of 8 MiB in memory.
+        // Work at a fifth of a processor, and a file of 8 MiB in memory.
         agent
             .line(
                 "c1",
                 "busy",
-                "dd if=/dev/zero of=/dev/file bs=1M count=8; timeout 1 sh -c 'while :; do :; done'; true",
+                "dd if=/dev/zero of=/dev/file bs=1M count=8; i=0; while [ $i -lt 20000 ]; do i=$((i+1)); done",
             )
             .await?;
         let used = async |exec: &str| {
