@@ -44,6 +44,9 @@ impl Output {
 
 /// Runs a program to its end and gives it `input` to read; one that takes longer than `limit` is killed with its process
 /// group, and that is [`Error::Timeout`]. Blocks; not to be called on the runtime's thread.
+///
+/// The command must have no working directory of its own: the library then uses posix_spawn(3), which does not mind that the
+/// reaper was quicker to collect a child whose execve failed.
 pub(crate) fn run(
     reaper: &Arc<Reaper>,
     mut command: Command,

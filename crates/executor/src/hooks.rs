@@ -72,12 +72,13 @@ impl Hook {
     }
 
     /// The program, with the hook's arguments and nothing but the hook's environment. Its streams and its process group
-    /// are for the runner to set.
+    /// are for the runner to set; a working directory is not: with one a statically linked program would fork instead of
+    /// using posix_spawn(3), and after a failed execve the library waits for the child, which the reaper may have taken.
     #[must_use]
     pub fn command(&self) -> Command {
         let mut command = Command::new(&self.path);
         let (name, args) = self.args.split_first().map_or((&self.path, &[][..]), |(name, args)| (name, args));
-        command.arg0(name).args(args).env_clear().envs(self.env.iter().map(|(k, v)| (k, v))).current_dir("/");
+        command.arg0(name).args(args).env_clear().envs(self.env.iter().map(|(k, v)| (k, v)));
         command
     }
 
