@@ -139,6 +139,14 @@ async fn a_failing_hook_fails_its_request_and_leaves_nothing() {
         assert_eq!(text, format!("{kind} hook /bin/busybox: exit code 4: no"));
         failed(agent.wait("c1", "").await, Kind::InvalidArgument);
     }
+    // The reaper and the spawn race for a program that is not there.
+    for _ in 0..20 {
+        let mut spec = agent.spec(&["true"]);
+        let missing = oci::Hook { Path: "/no/such/hook".into(), ..Default::default() };
+        spec.Hooks.mut_or_insert_default().Prestart = vec![missing];
+        let text = failed(agent.create("c1", spec).await, Kind::Internal);
+        assert!(text.contains("/no/such/hook") && text.contains("No such file"), "{text}");
+    }
     let mut spec = agent.spec(&["true"]);
     spec.Hooks.mut_or_insert_default().StartContainer = vec![script("exit 4")];
     agent.create("c1", spec).await.unwrap();
