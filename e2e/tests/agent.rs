@@ -1,18 +1,20 @@
 //! The guest agent in a real VM and as a plain process, alone. A file per family of requests below `agent/`; the runner of
 //! the cases is the crate's, the VMs are `bulkhead_e2e::agent`'s.
 
-#[path = "agent/devices.rs"]
-mod devices;
-#[path = "agent/memory.rs"]
-mod memory;
+#[path = "agent/containers.rs"]
+mod containers;
 #[path = "agent/containment.rs"]
 mod containment;
+#[path = "agent/devices.rs"]
+mod devices;
 #[path = "agent/faults.rs"]
 mod faults;
 #[path = "agent/files.rs"]
 mod files;
 #[path = "agent/load.rs"]
 mod load;
+#[path = "agent/memory.rs"]
+mod memory;
 #[path = "agent/network.rs"]
 mod network;
 #[path = "agent/rpc.rs"]
@@ -36,6 +38,7 @@ const FAMILIES: &[&[Case]] = &[
     network::CASES,
     rpc::CASES,
     storage::CASES,
+    containers::CASES,
 ];
 
 fn main() -> ExitCode {

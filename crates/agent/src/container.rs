@@ -4,6 +4,9 @@
 //! exec:  Starting ──► Live ──exit──► Live, ended ──drained──► Exited(code)
 //!            └─ failed: gone                └─────── oldest of too many: gone
 //! ```
+//! An exec has its entry from the request on: whoever gave up on a slow start can still signal it, wait for it, and find
+//! it. A signal to one that is starting is kept for it.
+//!
 //! There is no request that forgets an exec, so the code of one that has ended stays readable until the container goes; the
 //! memory is bounded by how many are kept, and descriptors go once they are drained.
 
@@ -12,18 +15,29 @@ use std::{
     sync::{Arc, Mutex, Weak},
 };
 
+use bulkhead_executor::UserNames;
 use bulkhead_protocol::oci;
+use tokio::sync::Notify;
 
 use crate::{
     diagnostics,
     error::{During, Error, Result},
     process::Process,
     reaper::Reaper,
-    sync::{blocking, lock},
+    sync::{Lane, blocking, lock},
 };
 
 /// So many ended execs are remembered in a container; the oldest are forgotten.
 const ENDED_EXECS: usize = 1024;
+
+/// So many starts and execs of a container may hang at a time; more wait.
+const STARTS: usize = 16;
+
+/// And so many requests that are not expected to hang, and must get through beside those that do.
+const CONTROLS: usize = 4;
+
+/// The annotations that carry the name a pod knows a container by.
+const NAMES: [&str; 2] = ["io.kubernetes.cri.container-name", "io.kubernetes.cri-o.ContainerName"];
 
 /// A container that was created.
 pub(crate) struct Container {
@@ -32,6 +46,10 @@ pub(crate) struct Container {
     pub(crate) executor: Arc<bulkhead_executor::Container>,
     init: Arc<Process>,
     execs: Mutex<Execs>,
+    /// An exec is live, or has failed.
+    changed: Notify,
+    starts: Lane,
+    controls: Lane,
     /// Mount points of the storages it uses, in the order they were mounted.
     pub(crate) storages: Vec<String>,
     /// The file in the guest that holds its termination message, if it has one.
@@ -51,10 +69,13 @@ struct Execs {
     by_id: HashMap<String, Exec>,
     /// The ended ones, oldest first.
     ended: VecDeque<String>,
+    /// The container is being destroyed.
+    closed: bool,
 }
 
 enum Exec {
-    Starting,
+    /// With the signals that it will get.
+    Starting(Vec<i32>),
     Live(Arc<Process>),
     /// Ended, and counted in `Execs::ended`; its streams are not drained yet.
     Ended(Arc<Process>),
@@ -75,8 +96,27 @@ impl Container {
         let (executor, process) = blocking(move || Ok(bulkhead_executor::Container::create(config)?)).await?;
         let executor = Arc::new(executor);
         let exiting = Arc::clone(&executor);
-        let init = Process::adopt(process, pipe_size, &spawning, Box::new(move |_| exiting.exited()))?;
-        Ok(Arc::new(Container { id, executor, init, execs: Mutex::default(), storages, termination_log }))
+        // The last descriptor of its mount namespace may go with it, and so the mounts, which can hang.
+        let on_exit = move |_| drop(tokio::task::spawn_blocking(move || exiting.exited()));
+        match Process::adopt(process, pipe_size, &spawning, Box::new(on_exit)) {
+            Ok(init) => Ok(Arc::new(Container {
+                id,
+                executor,
+                init,
+                execs: Mutex::default(),
+                changed: Notify::new(),
+                starts: Lane::new(STARTS),
+                controls: Lane::new(CONTROLS),
+                storages,
+                termination_log,
+            })),
+            Err(error) => {
+                if let Err(left) = blocking(move || Ok(executor.delete()?)).await {
+                    tracing::error!(container = id, error = %left, "a failed container was not removed");
+                }
+                Err(error)
+            }
+        }
     }
 
     /// Its id.
@@ -84,42 +124,82 @@ impl Container {
         &self.id
     }
 
+    /// Whether its pod knows it by this name, which the host tells in annotations; the id will do, too.
+    pub(crate) fn is_called(&self, name: &str) -> bool {
+        let annotations = &self.executor.spec().Annotations;
+        name == self.id || NAMES.into_iter().any(|key| annotations.get(key).is_some_and(|own| own == name))
+    }
+
+    /// Whether its init has not ended.
+    pub(crate) fn runs(&self) -> bool {
+        self.init.exit_code().is_none()
+    }
+
+    /// Releases its init.
+    pub(crate) async fn start(&self) -> Result<()> {
+        let executor = Arc::clone(&self.executor);
+        self.starts.blocking(move || Ok(executor.start()?)).await
+    }
+
+    /// Asks or tells the executor something that does not wait for the container's processes.
+    pub(crate) async fn control<T, F>(&self, work: F) -> Result<T>
+    where
+        T: Send + 'static,
+        F: FnOnce(&bulkhead_executor::Container) -> std::result::Result<T, bulkhead_executor::Error>
+            + Send
+            + 'static,
+    {
+        let executor = Arc::clone(&self.executor);
+        self.controls.blocking(move || Ok(work(&executor)?)).await
+    }
+
     /// Runs a further process in it. A failed start leaves no trace of the id.
     pub(crate) async fn exec(
         self: &Arc<Self>,
         exec_id: &str,
         process: oci::Process,
+        user: UserNames,
         pipe_size: usize,
         reaper: &Arc<Reaper>,
     ) -> Result<()> {
         lock(&self.execs).reserve(exec_id, &self.id)?;
-        let started = self.spawn(exec_id, process, pipe_size, reaper).await;
-        match started {
-            Ok(process) => {
-                let ended = process.exit_code().is_some();
-                lock(&self.execs).by_id.insert(exec_id.to_owned(), Exec::Live(process));
-                if ended {
-                    self.ended(exec_id);
-                }
-                Ok(())
-            }
+        let started = self.spawn(exec_id, process, user, pipe_size, reaper).await;
+        let result = match started {
+            Ok(process) => self.live(exec_id, process),
             Err(error) => {
                 lock(&self.execs).by_id.remove(exec_id);
                 Err(error)
             }
+        };
+        self.changed.notify_waiters();
+        result
+    }
+
+    /// Gives a started exec the signals that were meant for it. In a container that goes it has to go, too.
+    fn live(&self, exec_id: &str, process: Arc<Process>) -> Result<()> {
+        let ended = process.exit_code().is_some();
+        let signals = lock(&self.execs).live(exec_id, Arc::clone(&process));
+        if ended {
+            self.ended(exec_id);
         }
+        signals.into_iter().try_for_each(|signal| process.signal(signal))
     }
 
     async fn spawn(
         self: &Arc<Self>,
         exec_id: &str,
         process: oci::Process,
+        user: UserNames,
         pipe_size: usize,
         reaper: &Arc<Reaper>,
     ) -> Result<Arc<Process>> {
-        let spawning = reaper.spawning();
         let executor = Arc::clone(&self.executor);
-        let process = blocking(move || Ok(executor.exec(process)?)).await?;
+        let reaper = Arc::clone(reaper);
+        let start = move || {
+            let spawning = reaper.spawning();
+            Ok((executor.exec(process, user)?, spawning))
+        };
+        let (process, spawning) = self.starts.blocking(start).await?;
         let (container, id) = (Arc::downgrade(self), exec_id.to_owned());
         let on_exit = move |_| {
             if let Some(container) = Weak::upgrade(&container) {
@@ -129,23 +209,54 @@ impl Container {
         Process::adopt(process, pipe_size, &spawning, Box::new(on_exit))
     }
 
-    /// Finds a process: init by the empty id or the container's, others by their exec id.
-    pub(crate) fn find(&self, exec_id: &str) -> Result<Found> {
-        if self.is_init(exec_id) {
-            return Ok(Found::Live(Arc::clone(&self.init)));
-        }
-        match lock(&self.execs).by_id.get(exec_id) {
-            Some(Exec::Live(process) | Exec::Ended(process)) => Ok(Found::Live(Arc::clone(process))),
-            Some(Exec::Exited(code)) => Ok(Found::Exited(*code)),
-            Some(Exec::Starting) | None => {
-                Err(Error::UnknownProcess { container: self.id.clone(), exec: exec_id.to_owned() })
+    /// Finds a process: init by the empty id or the container's, others by their exec id. One that is starting is waited
+    /// for.
+    pub(crate) async fn find(&self, exec_id: &str) -> Result<Found> {
+        loop {
+            let changed = self.changed.notified();
+            if let Some(found) = self.look(exec_id)? {
+                return Ok(found);
             }
+            changed.await;
         }
     }
 
-    /// Whether an exec id stands for init.
-    pub(crate) fn is_init(&self, exec_id: &str) -> bool {
+    /// `None`: it is starting.
+    fn look(&self, exec_id: &str) -> Result<Option<Found>> {
+        if self.is_init(exec_id) {
+            return Ok(Some(Found::Live(Arc::clone(&self.init))));
+        }
+        match lock(&self.execs).by_id.get(exec_id) {
+            Some(Exec::Live(process) | Exec::Ended(process)) => Ok(Some(Found::Live(Arc::clone(process)))),
+            Some(Exec::Exited(code)) => Ok(Some(Found::Exited(*code))),
+            Some(Exec::Starting(_)) => Ok(None),
+            None => Err(self.unknown(exec_id)),
+        }
+    }
+
+    /// Sends a signal to one process, now or once it has started. One that has ended needs none any more.
+    pub(crate) fn signal(&self, exec_id: &str, signal: i32) -> Result<()> {
+        if self.is_init(exec_id) {
+            return if self.init.exit_code().is_none() { self.init.signal_init(signal) } else { Ok(()) };
+        }
+        let process = match lock(&self.execs).by_id.get_mut(exec_id) {
+            Some(Exec::Live(process)) => Arc::clone(process),
+            Some(Exec::Ended(_) | Exec::Exited(_)) => return Ok(()),
+            Some(Exec::Starting(signals)) => {
+                remember(signals, signal);
+                return Ok(());
+            }
+            None => return Err(self.unknown(exec_id)),
+        };
+        process.signal(signal)
+    }
+
+    fn is_init(&self, exec_id: &str) -> bool {
         exec_id.is_empty() || exec_id == self.id
+    }
+
+    fn unknown(&self, exec_id: &str) -> Error {
+        Error::UnknownProcess { container: self.id.clone(), exec: exec_id.to_owned() }
     }
 
     /// To be called when a read saw the end of an output.
@@ -161,6 +272,7 @@ impl Container {
     pub(crate) async fn destroy(&self) -> Result<()> {
         // First of all: an init that is still parked would end by itself, with a code of its own, once it is let go.
         self.init.signal(libc::SIGKILL)?;
+        lock(&self.execs).closed = true;
         let execs = self.kill_execs()?;
         let executor = Arc::clone(&self.executor);
         blocking(move || Ok(executor.delete()?)).await?;
@@ -173,17 +285,16 @@ impl Container {
     /// Kills every process of the container; one that has ended already is no error.
     pub(crate) async fn kill_all(&self) -> Result<()> {
         self.kill_execs()?;
-        let executor = Arc::clone(&self.executor);
-        blocking(move || match executor.signal_all(libc::SIGKILL) {
+        self.control(|executor| match executor.signal_all(libc::SIGKILL) {
             Err(bulkhead_executor::Error::WrongState { .. }) => Ok(()),
-            killed => Ok(killed?),
+            killed => killed,
         })
         .await
     }
 
     /// Without a cgroup, and in a pid namespace that the container shares, nothing but this reaches the execs.
     fn kill_execs(&self) -> Result<Vec<Arc<Process>>> {
-        let execs = lock(&self.execs).live();
+        let execs = lock(&self.execs).killed();
         execs.iter().try_for_each(|process| process.signal(libc::SIGKILL))?;
         Ok(execs)
     }
@@ -203,8 +314,21 @@ impl Execs {
         if exec_id == container || self.by_id.contains_key(exec_id) {
             return Err(Error::Exists(format!("process {exec_id:?} of container {container:?}")));
         }
-        self.by_id.insert(exec_id.to_owned(), Exec::Starting);
+        if self.closed {
+            return Err(Error::State(format!("container {container:?} is being removed")));
+        }
+        self.by_id.insert(exec_id.to_owned(), Exec::Starting(Vec::new()));
         Ok(())
+    }
+
+    /// An exec has started; returns the signals that have come for it.
+    fn live(&mut self, exec_id: &str, process: Arc<Process>) -> Vec<i32> {
+        let before = self.by_id.insert(exec_id.to_owned(), Exec::Live(process));
+        let mut signals = if let Some(Exec::Starting(signals)) = before { signals } else { Vec::new() };
+        if self.closed {
+            remember(&mut signals, libc::SIGKILL);
+        }
+        signals
     }
 
     fn ended(&mut self, exec_id: &str) {
@@ -231,10 +355,24 @@ impl Execs {
         }
     }
 
-    fn live(&self) -> Vec<Arc<Process>> {
-        let live =
-            |exec: &Exec| if let Exec::Live(process) = exec { Some(Arc::clone(process)) } else { None };
-        self.by_id.values().filter_map(live).collect()
+    /// Everything that runs, to be killed; what is starting will be.
+    fn killed(&mut self) -> Vec<Arc<Process>> {
+        let killed = |exec: &mut Exec| match exec {
+            Exec::Live(process) => Some(Arc::clone(process)),
+            Exec::Starting(signals) => {
+                remember(signals, libc::SIGKILL);
+                None
+            }
+            Exec::Ended(_) | Exec::Exited(_) => None,
+        };
+        self.by_id.values_mut().filter_map(killed).collect()
+    }
+}
+
+/// A signal that is pending is not sent twice, so that there are never more than there are signals.
+fn remember(signals: &mut Vec<i32>, signal: i32) {
+    if !signals.contains(&signal) {
+        signals.push(signal);
     }
 }
 
@@ -251,8 +389,7 @@ mod tests {
         assert!(matches!(execs.reserve("", "c"), Err(Error::Invalid(_))));
     }
 
-    #[tokio::test]
-    async fn only_so_many_ended_execs_are_remembered() {
+    fn own_process() -> Arc<Process> {
         let own = rustix::process::getpid();
         let process = bulkhead_executor::Process {
             pid: own.as_raw_nonzero().get(),
@@ -260,7 +397,12 @@ mod tests {
             streams: bulkhead_executor::Streams::default(),
         };
         let spawning = Arc::<Reaper>::default().spawning();
-        let process = Process::adopt(process, 0, &spawning, Box::new(|_| {})).unwrap();
+        Process::adopt(process, 0, &spawning, Box::new(|_| {})).unwrap()
+    }
+
+    #[tokio::test]
+    async fn only_so_many_ended_execs_are_remembered() {
+        let process = own_process();
         let mut execs = Execs::default();
         for n in 0..=ENDED_EXECS {
             let id = n.to_string();
@@ -279,6 +421,25 @@ mod tests {
         execs.reserve("e", "c").unwrap();
         execs.ended("e");
         assert!(execs.ended.is_empty());
-        assert!(matches!(execs.by_id["e"], Exec::Starting));
+        assert!(matches!(execs.by_id["e"], Exec::Starting(_)));
+    }
+
+    #[tokio::test]
+    async fn signals_to_an_exec_that_starts_are_kept_for_it_once_each() {
+        let mut execs = Execs::default();
+        execs.reserve("e", "c").unwrap();
+        for signal in [15, 15, 1] {
+            if let Some(Exec::Starting(signals)) = execs.by_id.get_mut("e") {
+                remember(signals, signal);
+            }
+        }
+        assert!(execs.killed().is_empty(), "it does not run yet");
+        assert_eq!(execs.live("e", own_process()), [15, 1, 9]);
+        assert_eq!(execs.killed().len(), 1);
+
+        execs.reserve("late", "c").unwrap();
+        execs.closed = true;
+        assert_eq!(execs.live("late", own_process()), [9]);
+        assert!(matches!(execs.reserve("later", "c"), Err(Error::State(_))));
     }
 }

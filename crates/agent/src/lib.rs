@@ -15,6 +15,7 @@ mod device;
 mod diagnostics;
 mod dispatch;
 mod error;
+mod hooks;
 mod hotplug;
 mod log;
 mod metrics;
@@ -30,6 +31,7 @@ mod reaper;
 mod sandbox;
 mod server;
 mod service;
+mod shared_mounts;
 mod stats;
 mod storage;
 mod stream;
@@ -95,7 +97,9 @@ fn run_as_process(times: boot::Times) -> Result<()> {
 fn run(server: impl Future<Output = Result<()>>) -> Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
-        .max_blocking_threads(64)
+        // A thread is made only for work that is there, and each container gets no more than its lanes are wide: what
+        // hangs in many of them leaves enough for the next.
+        .max_blocking_threads(2048)
         // An idle agent keeps no thread but its own.
         .thread_keep_alive(Duration::from_secs(1))
         .build()

@@ -53,11 +53,14 @@ struct Watched {
 }
 
 impl OomWatcher {
-    /// Watches a container's `memory.events` until that file is gone. Has to be called on the runtime.
+    /// Watches a container's `memory.events` until that file is gone; again is no error. Has to be called on the runtime.
     pub(crate) fn watch(self: &Arc<Self>, container: &str, file: PathBuf) -> Result<()> {
         let what = || format!("watch {} for lack of memory", file.display());
         let kills = kills(&file).during(what)?;
         let mut state = lock(&self.state);
+        if state.watched.values().any(|watched| watched.container == container) {
+            return Ok(());
+        }
         let inotify = match &state.inotify {
             Some(inotify) => Arc::clone(inotify),
             None => {
@@ -182,6 +185,27 @@ mod tests {
         watcher.watch("c", file.clone()).unwrap();
         std::fs::write(&file, events(2)).unwrap();
         assert_eq!(watcher.next().await.as_deref(), Some("c"));
+        assert!(tokio::time::timeout(std::time::Duration::from_millis(20), watcher.next()).await.is_err());
+    }
+
+    #[tokio::test]
+    async fn watching_again_loses_nothing_and_the_queue_is_bounded() {
+        let directory = tempfile::tempdir().unwrap();
+        let watcher = Arc::new(OomWatcher::default());
+        let file = |n: usize| directory.path().join(n.to_string());
+        for n in 0..=QUEUE {
+            std::fs::write(file(n), events(0)).unwrap();
+            watcher.watch(&n.to_string(), file(n)).unwrap();
+        }
+        for n in 0..=QUEUE {
+            std::fs::write(file(n), events(1)).unwrap();
+            watcher.watch(&n.to_string(), file(n)).unwrap();
+            watcher.unwatch(&n.to_string());
+        }
+        // The oldest has gone.
+        for n in 1..=QUEUE {
+            assert_eq!(watcher.next().await, Some(n.to_string()));
+        }
         assert!(tokio::time::timeout(std::time::Duration::from_millis(20), watcher.next()).await.is_err());
     }
 

@@ -22,7 +22,8 @@ pub(crate) struct Process {
 }
 
 impl Process {
-    /// Takes over a process that was spawned under `spawning`. `on_exit` runs once its exit is known to all who wait.
+    /// Takes over a process that was spawned under `spawning`; one that cannot be is killed. `on_exit` runs once its exit is
+    /// known to all who wait.
     pub(crate) fn adopt(
         process: bulkhead_executor::Process,
         pipe_size: usize,
@@ -30,8 +31,11 @@ impl Process {
         on_exit: OnExit,
     ) -> Result<Arc<Process>> {
         let pid = process.pid;
-        let streams = Streams::new(process.streams, pipe_size)
-            .during(|| format!("watch the streams of process {pid}"))?;
+        let streams = Streams::new(process.streams, pipe_size).inspect_err(|_| {
+            // The only failure is that it is gone already.
+            let _ = sys::pidfd_send_signal(process.pidfd.as_fd(), libc::SIGKILL);
+        });
+        let streams = streams.during(|| format!("watch the streams of process {pid}"))?;
         let process =
             Arc::new(Process { pid, pidfd: process.pidfd, exit: watch::Sender::new(None), streams });
         let exiting = Arc::clone(&process);
@@ -96,6 +100,25 @@ fn drops_sigterm(status: &str) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[tokio::test]
+    async fn a_process_that_cannot_be_adopted_is_killed() {
+        let mut child = std::process::Command::new("/bin/sleep").arg("1000").spawn().unwrap();
+        let pid = rustix::process::Pid::from_child(&child);
+        let pidfd = rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::empty()).unwrap();
+        let ended = pidfd.try_clone().unwrap();
+        // A file is never waited for, so that the runtime refuses it.
+        let stdout = Some(tempfile::tempfile().unwrap().into());
+        let streams = bulkhead_executor::Streams { stdout, ..Default::default() };
+        let process = bulkhead_executor::Process { pid: pid.as_raw_pid(), pidfd, streams };
+        let spawning = Arc::<crate::reaper::Reaper>::default().spawning();
+        assert!(Process::adopt(process, 0, &spawning, Box::new(|_| {})).is_err());
+        let mut fds = [rustix::event::PollFd::new(&ended, rustix::event::PollFlags::IN)];
+        let patience = rustix::event::Timespec { tv_sec: 30, tv_nsec: 0 };
+        assert_eq!(rustix::event::poll(&mut fds, Some(&patience)), Ok(1), "it runs");
+        // The reaper of another test may have been quicker.
+        let _ = child.wait();
+    }
 
     #[test]
     fn only_a_first_process_that_does_nothing_about_it_drops_sigterm() {

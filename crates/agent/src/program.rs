@@ -1,7 +1,8 @@
 //! Programs of the guest that the agent runs: hooks, modprobe, mkfs, iptables.
 //!
 //! The reaper collects every child, so a program's exit is heard of from there. Input and output are files in memory: no
-//! pipe can fill up, and a program's children that keep one open delay nobody.
+//! pipe can fill up, and a program's children that keep one open delay nobody. The files have a fixed size, so that a program
+//! that says too much gets an error and not the guest's memory.
 
 use std::{
     fs::File,
@@ -12,14 +13,14 @@ use std::{
     time::Duration,
 };
 
-use rustix::fs::MemfdFlags;
+use rustix::fs::{MemfdFlags, SealFlags};
 
 use crate::{
     error::{During, Error, Result},
     reaper::{OnExit, Reaper},
 };
 
-/// The most of a program's output that is kept.
+/// The most that a program can say; what it writes beyond fails.
 const OUTPUT: u64 = 4 << 20;
 
 /// How a program ended.
@@ -27,9 +28,9 @@ const OUTPUT: u64 = 4 << 20;
 pub(crate) struct Output {
     /// Its exit code; 128 + the signal when it was killed by one.
     pub(crate) code: i32,
-    /// The first 4 MiB of its standard output.
+    /// Its standard output, of up to 4 MiB.
     pub(crate) stdout: Vec<u8>,
-    /// The first 4 MiB of its standard error.
+    /// Its standard error, of up to 4 MiB.
     pub(crate) stderr: Vec<u8>,
 }
 
@@ -43,6 +44,9 @@ impl Output {
 
 /// Runs a program to its end and gives it `input` to read; one that takes longer than `limit` is killed with its process
 /// group, and that is [`Error::Timeout`]. Blocks; not to be called on the runtime's thread.
+///
+/// The command must have no working directory of its own: the library then uses posix_spawn(3), which does not mind that the
+/// reaper was quicker to collect a child whose execve failed.
 pub(crate) fn run(
     reaper: &Arc<Reaper>,
     mut command: Command,
@@ -53,7 +57,7 @@ pub(crate) fn run(
     let what = || format!("run {name}");
     let mut stdin = memory("stdin").during(what)?;
     stdin.write_all(input).and_then(|()| stdin.rewind()).during(what)?;
-    let (mut stdout, mut stderr) = (memory("stdout").during(what)?, memory("stderr").during(what)?);
+    let (mut stdout, mut stderr) = (output("stdout").during(what)?, output("stderr").during(what)?);
     command
         .stdin(stdin)
         .stdout(Stdio::from(stdout.try_clone().during(what)?))
@@ -69,7 +73,11 @@ pub(crate) fn run(
         Ok(pidfd) => spawning.claim(pid.as_raw_nonzero().get(), pidfd.as_fd(), on_exit),
         // Nobody but the reaper can have been quicker, so the exit is among those that are kept.
         Err(rustix::io::Errno::SRCH) => spawning.claim_reaped(pid.as_raw_nonzero().get(), on_exit),
-        Err(errno) => return Err(errno).during(what),
+        Err(errno) => {
+            // ESRCH: it has ended meanwhile.
+            let _ = rustix::process::kill_process_group(pid, rustix::process::Signal::KILL);
+            return Err(errno).during(what);
+        }
     }
     drop(spawning);
     let code = match exit.recv_timeout(limit) {
@@ -90,12 +98,39 @@ pub(crate) fn run(
 }
 
 fn memory(name: &str) -> io::Result<File> {
-    Ok(rustix::fs::memfd_create(name, MemfdFlags::CLOEXEC)?.into())
+    Ok(rustix::fs::memfd_create(name, MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?.into())
 }
 
+/// A file that does not grow; what is not written to takes no memory.
+fn output(name: &str) -> io::Result<File> {
+    let file = memory(name)?;
+    file.set_len(OUTPUT)?;
+    rustix::fs::fcntl_add_seals(&file, SealFlags::GROW | SealFlags::SHRINK | SealFlags::SEAL)?;
+    Ok(file)
+}
+
+/// What has been written. The program wrote at the offset that it shares with this file.
 fn read(file: &mut File) -> io::Result<Vec<u8>> {
-    let mut content = Vec::new();
+    let written = file.stream_position()?.min(OUTPUT);
     file.rewind()?;
-    file.take(OUTPUT).read_to_end(&mut content)?;
+    let mut content = Vec::new();
+    file.take(written).read_to_end(&mut content)?;
     Ok(content)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn output_is_what_was_written_and_bounded() {
+        let mut file = output("test").unwrap();
+        file.try_clone().unwrap().write_all(b"said").unwrap();
+        assert_eq!(read(&mut file).unwrap(), b"said");
+        let mut file = output("test").unwrap();
+        let mut writer = file.try_clone().unwrap();
+        writer.write_all(&vec![b'x'; 4 << 20]).unwrap();
+        assert!(writer.write_all(b"x").is_err());
+        assert_eq!(read(&mut file).unwrap().len(), 4 << 20);
+    }
 }

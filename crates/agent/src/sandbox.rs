@@ -15,8 +15,9 @@ use std::{
     time::Duration,
 };
 
+use bulkhead_executor::UserNames;
 use bulkhead_protocol::{
-    agent::{CreateContainerRequest, CreateSandboxRequest, Storage},
+    agent::{CreateContainerRequest, CreateSandboxRequest, SharedMount, Storage},
     oci,
 };
 use tokio::sync::Notify;
@@ -27,10 +28,13 @@ use crate::{
     container::Container,
     device::Devices,
     error::{Error, Result},
+    hooks::{GuestHooks, Runner},
     namespaces::{self, Pod, Shared},
     network,
     oom::OomWatcher,
     reaper::Reaper,
+    service::user_names,
+    shared_mounts,
     storage::Storages,
     sync::{blocking, lock},
 };
@@ -60,9 +64,14 @@ pub(crate) struct Sandbox {
 #[derive(Default)]
 struct State {
     phase: Phase,
+    /// The id that the host gave it; that of its pause container, if it has one.
+    id: String,
     shared: Shared,
-    /// Whose pid namespace `shared.pid` is.
+    /// Every container shares the pid namespace, asked for or not.
+    share_pid: bool,
+    /// Whose pid namespace `shared.pid` is, or will be: the first container's.
     pid_owner: String,
+    guest_hooks: Arc<GuestHooks>,
     containers: HashMap<String, Slot>,
 }
 
@@ -109,11 +118,14 @@ impl Sandbox {
                 Phase::Creating | Phase::Ready => return Err(Error::Exists("the sandbox".into())),
             }
         }
-        let pod = self.prepare(request).await;
+        let (id, share_pid) = (request.sandbox_id.clone(), request.sandbox_pidns);
+        let prepared = self.prepare(request).await;
         let mut state = lock(&self.state);
-        let (phase, result) = match pod {
-            Ok(pod) => {
+        let (phase, result) = match prepared {
+            Ok((pod, guest_hooks)) => {
                 state.shared.pod = Some(Arc::new(pod));
+                state.guest_hooks = Arc::new(guest_hooks);
+                (state.id, state.share_pid) = (id, share_pid);
                 (Phase::Ready, Ok(()))
             }
             Err(error) => (Phase::Bare, Err(error)),
@@ -126,14 +138,26 @@ impl Sandbox {
         result
     }
 
-    async fn prepare(&self, request: CreateSandboxRequest) -> Result<Pod> {
+    async fn prepare(&self, request: CreateSandboxRequest) -> Result<(Pod, GuestHooks)> {
         self.guest.prepared().await;
         let hostname = request.hostname.clone();
         let pod = blocking(move || Pod::create(&hostname)).await?;
         let (dns, init) = (request.dns.clone(), self.guest.init);
         blocking(move || network::write_resolv_conf(&dns, init)).await?;
-        self.storages.add_all(request.storages, None).await?;
-        Ok(pod)
+        let storages = self.storages.add_all(request.storages, None).await?;
+        // They may be in one of the storages.
+        match blocking(move || GuestHooks::scan(&request.guest_hook_path)).await {
+            Ok(guest_hooks) => Ok((pod, guest_hooks)),
+            Err(error) => {
+                self.storages.release_all(&storages).await;
+                Err(error)
+            }
+        }
+    }
+
+    /// Whether an id is that of the sandbox itself, and a container of that name the pod's own.
+    pub(crate) fn is_its_own(&self, id: &str) -> bool {
+        lock(&self.state).id == id
     }
 
     /// Makes a container whose init is parked before its command.
@@ -146,15 +170,19 @@ impl Sandbox {
                 .OCI
                 .into_option()
                 .ok_or_else(|| Error::Invalid("the request has no OCI spec".into()))?;
-            let shared = self.shared(request.sandbox_pidns, &id)?;
+            let shared = self.shared(request.sandbox_pidns, &id).await?;
             let (guest, kinds): (_, Vec<String>) = (
                 Arc::clone(&self.guest),
                 request.devices.iter().map(|device| device.type_.clone()).collect(),
             );
             blocking(move || kinds.iter().try_for_each(|kind| guest.load_drivers(kind))).await?;
             self.devices.plug(&id, &request.devices, &mut spec).await?;
+            let guest_hooks = Arc::clone(&lock(&self.state).guest_hooks);
+            guest_hooks.add_to(&mut spec);
+            let user = user_names(request.string_user.into_option());
             let storages = self.storages.add_all(request.storages, Some(&id)).await?;
-            let made = self.make(&id, spec, &shared, storages.clone()).await;
+            let made = self.make(&id, spec, user, &shared, storages.clone()).await;
+            let made = self.complete(made, request.shared_mounts).await;
             if made.is_err() {
                 self.storages.release_all(&storages).await;
             }
@@ -164,19 +192,15 @@ impl Sandbox {
         let mut state = lock(&self.state);
         let result = match created {
             Ok((container, pid_namespace)) => {
-                // Only the pod's first container, its pause container, lends its pid namespace to others.
-                if let Some(namespace) = pid_namespace
-                    && state.containers.len() == 1
-                {
+                if let Some(namespace) = pid_namespace {
                     state.shared.pid = Some(Arc::new(namespace));
-                    state.pid_owner.clone_from(&id);
                 }
                 state.containers.insert(id, Slot::Ready(container));
                 Ok(())
             }
             Err(error) => {
                 self.devices.forget(&id);
-                state.containers.remove(&id);
+                state.forget(&id);
                 Err(error)
             }
         };
@@ -193,47 +217,104 @@ impl Sandbox {
         if state.containers.contains_key(id) {
             return Err(Error::Exists(format!("container {id:?}")));
         }
+        // Only the pod's first container, its pause container, lends its pid namespace to others.
+        if state.containers.is_empty() {
+            id.clone_into(&mut state.pid_owner);
+        }
         state.containers.insert(id.to_owned(), Slot::Creating);
         Ok(())
     }
 
-    /// What a new container shares: the pid namespace only when it asks, and then there must be one, unless it is the
-    /// first and its own becomes the pod's.
-    fn shared(&self, pid: bool, id: &str) -> Result<Shared> {
-        let state = lock(&self.state);
-        let mut shared = state.shared.clone();
-        if !pid {
-            shared.pid = None;
-        } else if shared.pid.is_none() && state.containers.keys().any(|other| other != id) {
-            return Err(Error::State(
-                "the sandbox has no pid namespace to join: its first container is gone".into(),
-            ));
+    /// What a new container shares: the pid namespace only when it or the sandbox wants that, and then there must be one,
+    /// unless it is the first and its own becomes the pod's. A first one that is still being made is waited for.
+    async fn shared(&self, pid: bool, id: &str) -> Result<Shared> {
+        loop {
+            let changed = self.changed.notified();
+            {
+                let state = lock(&self.state);
+                if !pid && !state.share_pid {
+                    return Ok(Shared { pid: None, ..state.shared.clone() });
+                }
+                match state.containers.get(&state.pid_owner) {
+                    _ if state.pid_owner == id => return Ok(state.shared.clone()),
+                    Some(Slot::Creating) => {}
+                    Some(Slot::Ready(owner)) if owner.runs() => return Ok(state.shared.clone()),
+                    Some(Slot::Ready(_) | Slot::Removing) | None => {
+                        return Err(Error::State(
+                            "the sandbox has no pid namespace to join: its first container is gone".into(),
+                        ));
+                    }
+                }
+            }
+            changed.await;
         }
-        Ok(shared)
     }
 
-    /// Also pins the pid namespace of the pod's first container.
     async fn make(
         &self,
         id: &str,
         mut spec: oci::Spec,
+        user: UserNames,
         shared: &Shared,
         storages: Vec<String>,
-    ) -> Result<(Arc<Container>, Option<OwnedFd>)> {
+    ) -> Result<Arc<Container>> {
         namespaces::settle(&mut spec, shared);
-        let config =
-            bulkhead_executor::Config { id: id.to_owned(), spec, cgroup_mount: self.guest.cgroups() };
-        let container = Container::create(config, storages, self.config.pipe_size, &self.reaper).await?;
-        if lock(&self.state).shared.pid.is_some() {
-            return Ok((container, None));
-        }
-        match container.pid_namespace() {
-            Ok(namespace) => Ok((container, Some(namespace))),
+        let config = bulkhead_executor::Config {
+            id: id.to_owned(),
+            spec,
+            cgroup_mount: self.guest.cgroups(),
+            user,
+            hooks: Arc::new(Runner(Arc::clone(&self.reaper))),
+        };
+        Container::create(config, storages, self.config.pipe_size, &self.reaper).await
+    }
+
+    /// Gives a new container the mounts of others, and pins the pid namespace of the pod's first one. A container that
+    /// cannot be completed goes.
+    async fn complete(
+        &self,
+        made: Result<Arc<Container>>,
+        mounts: Vec<SharedMount>,
+    ) -> Result<(Arc<Container>, Option<OwnedFd>)> {
+        let container = made?;
+        let completed = self.share_mounts(&container, mounts).await.and_then(|()| {
+            let first = lock(&self.state).pid_owner == container.id();
+            first.then(|| container.pid_namespace()).transpose()
+        });
+        match completed {
+            Ok(namespace) => Ok((container, namespace)),
             Err(error) => {
-                container.destroy().await?;
+                if let Err(left) = container.destroy().await {
+                    tracing::error!(container = container.id(), error = %left, "a failed container was not removed");
+                }
                 Err(error)
             }
         }
+    }
+
+    /// The host names both sides as the pod does; entries for other containers than this one are not meant for now.
+    async fn share_mounts(&self, target: &Arc<Container>, mounts: Vec<SharedMount>) -> Result<()> {
+        for mount in mounts {
+            if !mount.dst_ctr.is_empty() && !target.is_called(&mount.dst_ctr) {
+                continue;
+            }
+            let source = self.named(&mount.src_ctr).ok_or_else(|| {
+                let (path, source) = (&mount.src_path, &mount.src_ctr);
+                Error::State(format!("cannot share {path:?}: there is no container named {source:?}"))
+            })?;
+            let target = Arc::clone(target);
+            blocking(move || shared_mounts::share(&source, &target, &mount)).await?;
+        }
+        Ok(())
+    }
+
+    fn named(&self, name: &str) -> Option<Arc<Container>> {
+        let state = lock(&self.state);
+        let ready = state.containers.values().filter_map(|slot| match slot {
+            Slot::Ready(container) => Some(container),
+            Slot::Creating | Slot::Removing => None,
+        });
+        ready.into_iter().find(|container| container.is_called(name)).cloned()
     }
 
     /// Finds a container that can be used.
@@ -278,11 +359,7 @@ impl Sandbox {
         }
         let mut state = lock(&self.state);
         if destroyed.is_ok() {
-            state.containers.remove(container.id());
-            if state.pid_owner == container.id() {
-                state.shared.pid = None;
-                state.pid_owner.clear();
-            }
+            state.forget(container.id());
         } else {
             state.containers.insert(container.id().to_owned(), Slot::Ready(container));
         }
@@ -334,6 +411,16 @@ impl Sandbox {
     }
 }
 
+impl State {
+    fn forget(&mut self, id: &str) {
+        self.containers.remove(id);
+        if self.pid_owner == id {
+            self.shared.pid = None;
+            self.pid_owner.clear();
+        }
+    }
+}
+
 fn ending() -> Error {
     Error::State("the sandbox is being destroyed".into())
 }
@@ -374,14 +461,26 @@ mod tests {
         removal.await.unwrap().unwrap();
     }
 
-    #[test]
-    fn only_the_first_container_may_ask_for_a_pid_namespace_that_is_not_there() {
+    #[tokio::test]
+    async fn only_the_first_container_may_ask_for_a_pid_namespace_that_is_not_there() {
         let sandbox = sandbox();
         sandbox.reserve("first").unwrap();
-        assert!(sandbox.shared(true, "first").is_ok());
+        assert!(sandbox.shared(true, "first").await.is_ok());
         sandbox.reserve("second").unwrap();
-        assert!(matches!(sandbox.shared(true, "second"), Err(Error::State(_))));
-        assert!(sandbox.shared(false, "second").is_ok());
+        assert!(sandbox.shared(false, "second").await.is_ok());
+        // The first is being made, and waited for; it fails.
+        let asking = Arc::clone(&sandbox);
+        let second = tokio::spawn(async move { asking.shared(true, "second").await.map(drop) });
+        tokio::task::yield_now().await;
+        assert!(!second.is_finished());
+        lock(&sandbox.state).forget("first");
+        sandbox.changed.notify_waiters();
+        assert!(matches!(second.await.unwrap(), Err(Error::State(_))));
+        // Once nobody is left, the next is the first.
+        lock(&sandbox.state).forget("second");
+        lock(&sandbox.state).share_pid = true;
+        sandbox.reserve("third").unwrap();
+        assert!(sandbox.shared(false, "third").await.is_ok());
     }
 
     #[tokio::test]

@@ -3,8 +3,10 @@
 use std::{
     future::Future,
     io,
-    sync::{Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
+
+use tokio::sync::Semaphore;
 
 use crate::error::{Error, Result};
 
@@ -33,6 +35,57 @@ where
     tokio::task::spawn_blocking(work).await.unwrap_or_else(|error| Err(lost(error)))
 }
 
+/// Bounds how much work of one owner blocks at a time, so that what hangs with one leaves the threads to others.
+#[derive(Clone)]
+pub(crate) struct Lane(Arc<Semaphore>);
+
+impl Lane {
+    /// Of `width` threads.
+    pub(crate) fn new(width: usize) -> Lane {
+        Lane(Arc::new(Semaphore::new(width)))
+    }
+
+    /// As [`blocking`], when it is its turn. The place is taken until the work ends, even if nobody waits for it any more.
+    pub(crate) async fn blocking<T, F>(&self, work: F) -> Result<T>
+    where
+        T: Send + 'static,
+        F: FnOnce() -> Result<T> + Send + 'static,
+    {
+        // It is never closed.
+        let place = Arc::clone(&self.0).acquire_owned().await.ok();
+        blocking(move || {
+            let result = work();
+            drop(place);
+            result
+        })
+        .await
+    }
+}
+
 fn lost(error: tokio::task::JoinError) -> Error {
     Error::Io { what: "run a task of the agent".into(), source: io::Error::other(error) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_lane_is_as_wide_as_it_is_and_others_are_free() {
+        let (narrow, other) = (Lane::new(1), Lane::new(1));
+        let (release, hang) = std::sync::mpsc::channel::<()>();
+        let lane = narrow.clone();
+        // Given up by whoever asked; its place stays taken.
+        let hung = tokio::spawn(async move { lane.blocking(move || Ok(hang.recv().is_ok())).await });
+        while narrow.0.available_permits() > 0 {
+            tokio::task::yield_now().await;
+        }
+        hung.abort();
+        let lane = narrow.clone();
+        let next = tokio::spawn(async move { lane.blocking(|| Ok(1)).await });
+        assert_eq!(other.blocking(|| Ok(2)).await.unwrap(), 2);
+        assert!(!next.is_finished());
+        release.send(()).unwrap();
+        assert_eq!(next.await.unwrap().unwrap(), 1);
+    }
 }

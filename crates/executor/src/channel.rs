@@ -5,6 +5,8 @@
 //!   Plan + descriptors        ──►
 //!                             ◄──       Spawned{pid} + pidfd        from the short-lived one, which ends
 //!                             ◄──       Terminal + pty master       if the process has one
+//!                             ◄──       Mounted                     create only, if the caller has hooks to run
+//!   Continue                  ──►
 //!                             ◄──       Ready + its namespaces      create only: parked
 //!   Release                   ──►                                   create only
 //!                             ◄──       Executing, then end of file when execve has succeeded
@@ -38,6 +40,8 @@ const MAX_FRAME: usize = 64 << 20;
 pub(crate) enum ToChild {
     /// What to become. The descriptors are those of [`crate::plan::Descriptors`], in its order.
     Plan(Box<Plan>),
+    /// The caller's hooks have been run.
+    Continue,
     /// Go on to the command.
     Release,
 }
@@ -52,6 +56,8 @@ pub(crate) enum FromChild {
     },
     /// The terminal's master comes along.
     Terminal,
+    /// Waits for the caller's hooks, with its namespaces and mounts made.
+    Mounted,
     /// Parked before the command. The process' namespaces come along, in the plan's order.
     Ready,
     /// execve is next.

@@ -2,18 +2,19 @@
 
 use std::{
     io,
-    os::fd::{AsFd, OwnedFd},
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
     path::PathBuf,
-    sync::{Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
 use bulkhead_protocol::oci;
 
 use crate::{
-    Error, Stats,
+    Error, HookRunner, Stats, UserNames,
     cgroup::{self, Cgroup},
     channel::Channel,
+    hooks::Hooks,
     host, namespace_files,
     plan::{self, NamespaceKind, NamespacePlan},
     seccomp,
@@ -32,6 +33,10 @@ pub struct Config {
     /// The cgroup2 mount below which the container's cgroup is made (`<mount>/<CgroupsPath, or the id>`). `None`: this
     /// machine has no usable cgroup2; the container runs without, and a spec that sets limits is refused.
     pub cgroup_mount: Option<PathBuf>,
+    /// The user of the container's own process by name.
+    pub user: UserNames,
+    /// Runs the hooks that belong to the caller's side.
+    pub hooks: Arc<dyn HookRunner>,
 }
 
 /// The caller's ends of a process' standard streams, non-blocking and close-on-exec.
@@ -108,6 +113,8 @@ pub struct Container {
     kinds: Vec<NamespaceKind>,
     seccomp: Option<seccomp::Filter>,
     cgroup: Option<Cgroup>,
+    hooks: Hooks,
+    runner: Arc<dyn HookRunner>,
     state: Mutex<State>,
 }
 
@@ -119,6 +126,8 @@ struct State {
     /// The namespaces as they were made: init may move itself elsewhere, and a further process must not follow it.
     /// Closed when init ends, since they hold the container's mounts.
     namespaces: Vec<OwnedFd>,
+    /// The hooks that follow the end have been run, or are.
+    buried: bool,
 }
 
 #[derive(Debug)]
@@ -141,10 +150,13 @@ impl Container {
     /// # Errors
     /// Everything in [`Error`]; nothing is left behind then (the child is killed; the caller's reaper collects it).
     pub fn create(config: Config) -> Result<(Container, Process), Error> {
-        let Config { id, spec, cgroup_mount } = config;
+        let Config { id, spec, cgroup_mount, user, hooks: runner } = config;
+        let hooks = Hooks::new(&id, &spec)?;
         let place = cgroup_mount.map(|mount| CgroupPlace::new(mount, &id, &spec)).transpose()?;
         let dir = place.as_ref().map(CgroupPlace::dir).transpose()?;
-        let plan = plan::create(&spec, host::facts()?, dir.as_deref())?;
+        let mut plan = plan::create(&spec, host::facts()?, dir.as_deref())?;
+        plan.setup.hooks = hooks.of_child();
+        plan.process.names = user;
         let seccomp = plan.process.seccomp.clone();
         let kinds: Vec<NamespaceKind> = plan.namespaces.listed().collect();
         let join = namespace_files::open(&plan.namespaces, NamespacePlan::paths(&spec.Linux.Namespaces))?;
@@ -155,21 +167,24 @@ impl Container {
             .map(|cgroup| cgroup.open(None))
             .transpose()
             .map(|dir| Descriptors { cgroup: dir, stdio: theirs, namespaces: join })
-            .and_then(|descriptors| park(plan, &descriptors));
+            .and_then(|descriptors| park(plan, &descriptors, |pid| hooks.run_creating(&*runner, pid)));
         let (mut child, namespaces) = match made {
             Ok(made) => made,
             Err(error) => {
                 if let Some(Err(left)) = cgroup.as_ref().map(Cgroup::remove) {
                     tracing::warn!(container = id, error = %left, "removing the cgroup after a failed create");
                 }
+                // Its first hooks may have been run, and have something to take back.
+                hooks.run_stopped(&*runner);
                 return Err(error);
             }
         };
         let streams = streams.with_terminal(child.take_terminal());
         let (pid, init, channel) = child.into_parts();
-        let state = State { phase: Phase::Created(channel), paused: false, namespaces };
+        let state = State { phase: Phase::Created(channel), paused: false, namespaces, buried: false };
         let state = Mutex::new(state);
-        let container = Container { id, spec, init_pid: pid, init, kinds, seccomp, cgroup, state };
+        let container =
+            Container { id, spec, init_pid: pid, init, kinds, seccomp, cgroup, hooks, runner, state };
         let pidfd = container.init.try_clone().map_err(Error::io("duplicating a pidfd"));
         match (streams, pidfd) {
             (Ok(streams), Ok(pidfd)) => Ok((container, Process { pid, pidfd, streams })),
@@ -180,12 +195,13 @@ impl Container {
         }
     }
 
-    /// Releases init; returns when its command is being executed, or with why it could not be.
+    /// Releases init; returns when its command is being executed and the hooks that follow have been run, or with why it
+    /// could not be.
     pub fn start(&self) -> Result<(), Error> {
         let channel = {
             let mut state = self.state();
             match std::mem::replace(&mut state.phase, Phase::Starting) {
-                Phase::Created(channel) if !state.paused => channel,
+                Phase::Created(channel) if !state.paused && !self.init_has_ended() => channel,
                 before => {
                     state.phase = before;
                     return Err(self.wrong_state(&state, "start"));
@@ -197,12 +213,16 @@ impl Container {
         if let Phase::Starting = state.phase {
             state.phase = if result.is_ok() { Phase::Running } else { Phase::Stopped };
         }
+        drop(state);
+        if result.is_ok() {
+            self.hooks.run_started(&*self.runner, self.init_pid);
+        }
         result
     }
 
     /// Runs a further process in the container; returns when its command is being executed, or with why it could not be.
     /// Absent capabilities are those of the container's own process; seccomp is always the container's.
-    pub fn exec(&self, process: oci::Process) -> Result<Process, Error> {
+    pub fn exec(&self, process: oci::Process, user: UserNames) -> Result<Process, Error> {
         let namespaces = {
             let state = self.state();
             if !matches!(self.status_of(&state), Status::Created | Status::Running) || self.init_has_ended() {
@@ -214,7 +234,8 @@ impl Container {
         let cgroup = self.cgroup.as_ref().map(|cgroup| cgroup.open(Some(self.init_pid))).transpose()?;
         let seccomp = self.seccomp.clone();
         let kinds = self.kinds.clone();
-        let plan = plan::exec(&process, &self.spec, seccomp, host::facts()?, kinds, cgroup.is_some())?;
+        let mut plan = plan::exec(&process, &self.spec, seccomp, host::facts()?, kinds, cgroup.is_some())?;
+        plan.process.names = user;
         let (theirs, streams) = streams::make(plan.process.terminal)?;
         let descriptors = Descriptors { cgroup, stdio: theirs, namespaces };
         let mut child = Child::spawn(plan, &descriptors).map_err(|error| self.exec_failed(error))?;
@@ -250,6 +271,21 @@ impl Container {
     /// The pid of init.
     pub fn init_pid(&self) -> i32 {
         self.init_pid
+    }
+
+    /// Refers to init whatever becomes of its pid; readable once it has ended.
+    pub fn init_pidfd(&self) -> BorrowedFd<'_> {
+        self.init.as_fd()
+    }
+
+    /// The mount namespace as it was made, wherever init may be now.
+    pub fn mount_namespace(&self) -> Result<OwnedFd, Error> {
+        let state = self.state();
+        let at = self.kinds.iter().position(|kind| *kind == NamespaceKind::Mount);
+        match at.and_then(|at| state.namespaces.get(at)) {
+            Some(namespace) => namespace.try_clone().map_err(Error::io("duplicating a namespace")),
+            None => Err(self.wrong_state(&state, "enter the mount namespace")),
+        }
     }
 
     /// Where in its life the container is.
@@ -351,7 +387,7 @@ impl Container {
         self.cgroup.as_ref().map(|cgroup| cgroup.file("memory.events")).filter(|file| file.exists())
     }
 
-    /// Kills what is left, removes the cgroup. Idempotent.
+    /// Kills what is left, removes the cgroup, and runs the hooks that follow the end, once. Idempotent.
     ///
     /// Whoever reaps must be at it meanwhile: init of a pid namespace ends only after every other process in it has been
     /// reaped, and those that [`Container::exec`] made are the caller's children.
@@ -370,6 +406,9 @@ impl Container {
                     format!("it has not ended after {} s", PATIENCE.as_secs()),
                 ),
             });
+        }
+        if !std::mem::replace(&mut self.state().buried, true) {
+            self.hooks.run_stopped(&*self.runner);
         }
         Ok(())
     }
@@ -435,9 +474,13 @@ fn make_cgroup(spec: &oci::Spec, place: Option<CgroupPlace>) -> Result<Option<Cg
 }
 
 /// Starts a child and waits until its container is made; a child that fails at it is killed.
-fn park(plan: plan::Plan, descriptors: &Descriptors) -> Result<(Child, Vec<OwnedFd>), Error> {
+fn park(
+    plan: plan::Plan,
+    descriptors: &Descriptors,
+    mounted: impl Fn(i32) -> Result<(), Error>,
+) -> Result<(Child, Vec<OwnedFd>), Error> {
     let mut child = Child::spawn(plan, descriptors)?;
-    match child.ready() {
+    match child.ready(mounted) {
         Ok(namespaces) => Ok((child, namespaces)),
         Err(error) => {
             child.kill();
@@ -459,7 +502,7 @@ fn is_exiting(pid: i32) -> bool {
 }
 
 /// Whether the process behind `pidfd` has ended, or does within `patience`.
-fn wait_for_end(pidfd: &OwnedFd, patience: Duration) -> io::Result<bool> {
+pub(crate) fn wait_for_end(pidfd: &OwnedFd, patience: Duration) -> io::Result<bool> {
     let timeout = rustix::event::Timespec {
         tv_sec: i64::try_from(patience.as_secs()).unwrap_or(i64::MAX),
         tv_nsec: patience.subsec_nanos().into(),

@@ -33,6 +33,10 @@ pub enum Stage {
     Streams,
     /// The working directory.
     WorkingDirectory,
+    /// A hook of the container.
+    Hook,
+    /// Looking up users and groups by name.
+    User,
     /// What the environment is filled up with.
     Environment,
     /// Resource limits of the process.
@@ -66,6 +70,8 @@ impl fmt::Display for Stage {
             Stage::PivotRoot => "changing to the container's root",
             Stage::Streams => "connecting the standard streams",
             Stage::WorkingDirectory => "changing to the working directory",
+            Stage::Hook => "running a hook",
+            Stage::User => "looking up the user",
             Stage::Environment => "preparing the environment",
             Stage::Rlimits => "setting resource limits",
             Stage::Credentials => "setting user, groups and capabilities",
@@ -103,6 +109,9 @@ pub enum Error {
     /// The command was found but cannot be executed (exit code 126): `exec: "/foo": permission denied`.
     #[error("{0}")]
     CommandNotExecutable(String),
+    /// A hook failed: `createRuntime hook /usr/bin/x: exit code 3: what it said`.
+    #[error("{0}")]
+    Hook(String),
     /// A stage of the child failed.
     #[error("container process failed while {stage}{}: {source}", detail.as_deref().map(|d| format!(" ({d})")).unwrap_or_default())]
     Child {

@@ -60,7 +60,8 @@ impl Child {
     pub(crate) fn spawn(plan: Plan, descriptors: &Descriptors) -> Result<Child, Error> {
         let executable = executable().map_err(Error::io("copying /proc/self/exe to memory"))?;
         let (channel, theirs) = Channel::pair().map_err(Error::io("making a socket pair"))?;
-        channel.set_timeout(PATIENCE).map_err(Error::io("setting a socket timeout"))?;
+        let patience = PATIENCE.saturating_add(plan.setup.hooks.patience());
+        channel.set_timeout(patience).map_err(Error::io("setting a socket timeout"))?;
         #[allow(clippy::zombie_processes, reason = "whoever owns SIGCHLD reaps")]
         Command::new(format!("/proc/self/fd/{}", executable.as_raw_fd()))
             .arg0(NAME)
@@ -98,10 +99,19 @@ impl Child {
         self.early.pop_front().map_or_else(|| receive(&self.channel), Ok)
     }
 
-    /// Waits until a container is made and its init parked; returns its namespaces.
-    pub(crate) fn ready(&mut self) -> Result<Vec<OwnedFd>, Error> {
+    /// Waits until a container is made and its init parked; returns its namespaces. `mounted` is called with the pid
+    /// once the container has its mounts, if the plan has the child wait for that.
+    pub(crate) fn ready(
+        &mut self,
+        mounted: impl Fn(i32) -> Result<(), Error>,
+    ) -> Result<Vec<OwnedFd>, Error> {
         loop {
             match self.next()? {
+                (FromChild::Mounted, _) => {
+                    mounted(self.pid)?;
+                    // A child that is gone says so in its stead.
+                    let _ = self.channel.send(&ToChild::Continue, &[]);
+                }
                 (FromChild::Ready, namespaces) => return Ok(namespaces),
                 (FromChild::Terminal, fds) => self.terminal = fds.into_iter().next(),
                 (other, _) => return Err(unexpected(&format!("{other:?}"))),
@@ -210,6 +220,8 @@ fn error(failure: Failure) -> Error {
         (Stage::FindCommand | Stage::Exec, libc::ENOENT | libc::ENOTDIR, Some(text)) => {
             Error::CommandNotFound(text)
         }
+        (Stage::User, libc::ENOENT, Some(text)) => Error::Invalid(text),
+        (Stage::Hook, _, Some(text)) => Error::Hook(text),
         (Stage::FindCommand, _, Some(text))
         | (
             Stage::Exec,

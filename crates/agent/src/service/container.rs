@@ -20,9 +20,6 @@ use crate::{
 /// Makes a container; its init waits before its command.
 pub(super) async fn create(service: &Service, request: CreateContainerRequest) -> Result<Empty> {
     check_id(&request.container_id)?;
-    if !request.shared_mounts.is_empty() {
-        return Err(Error::Unsupported("mounts shared between containers".into()));
-    }
     if request.stdin_port != 0 || request.stdout_port != 0 || request.stderr_port != 0 {
         return Err(Error::Unsupported("standard streams over vsock ports".into()));
     }
@@ -47,11 +44,13 @@ fn check_id(id: &str) -> Result<()> {
 /// Releases init into its command.
 pub(super) async fn start(service: &Service, request: StartContainerRequest) -> Result<Empty> {
     let container = service.sandbox.container(&request.container_id)?;
-    // From its first moment on the container can lack memory.
-    if let Some(events) = container.executor.memory_events() {
+    // From its first moment on the container can lack memory. Nobody asks about the sandbox's own.
+    if let Some(events) = container.executor.memory_events()
+        && !service.sandbox.is_its_own(container.id())
+    {
         service.sandbox.oom.watch(container.id(), events)?;
     }
-    to_the_end(blocking(move || Ok(container.executor.start()?))).await?;
+    to_the_end(async move { container.start().await }).await?;
     Ok(Empty::new())
 }
 
@@ -77,7 +76,7 @@ pub(super) async fn remove(service: &Service, request: RemoveContainerRequest) -
 pub(super) async fn update(service: &Service, request: UpdateContainerRequest) -> Result<Empty> {
     let container = service.sandbox.container(&request.container_id)?;
     if let Some(resources) = request.resources.into_option() {
-        to_the_end(blocking(move || Ok(container.executor.update(&resources)?))).await?;
+        to_the_end(async move { container.control(move |c| c.update(&resources)).await }).await?;
     }
     Ok(Empty::new())
 }
@@ -88,23 +87,23 @@ pub(super) async fn stats(
     request: StatsContainerRequest,
 ) -> Result<StatsContainerResponse> {
     let container = service.sandbox.container(&request.container_id)?;
-    let (stats, network_stats) =
-        blocking(move || Ok((container.executor.stats()?, network::stats()?))).await?;
-    let cgroup_stats = Some(stats::to_wire(stats)).into();
+    let cgroup_stats =
+        Some(stats::to_wire(container.control(bulkhead_executor::Container::stats).await?)).into();
+    let network_stats = blocking(network::stats).await?;
     Ok(StatsContainerResponse { cgroup_stats, network_stats, ..Default::default() })
 }
 
 /// Freezes a container.
 pub(super) async fn pause(service: &Service, request: PauseContainerRequest) -> Result<Empty> {
     let container = service.sandbox.container(&request.container_id)?;
-    to_the_end(blocking(move || Ok(container.executor.pause()?))).await?;
+    to_the_end(async move { container.control(bulkhead_executor::Container::pause).await }).await?;
     Ok(Empty::new())
 }
 
 /// Thaws a container.
 pub(super) async fn resume(service: &Service, request: ResumeContainerRequest) -> Result<Empty> {
     let container = service.sandbox.container(&request.container_id)?;
-    to_the_end(blocking(move || Ok(container.executor.resume()?))).await?;
+    to_the_end(async move { container.control(bulkhead_executor::Container::resume).await }).await?;
     Ok(Empty::new())
 }
 

@@ -25,6 +25,8 @@ use bulkhead_protocol::{
 };
 use ttrpc::r#async::TtrpcContext;
 
+pub(crate) use process::user_names;
+
 use crate::{
     copy::Copies, metrics::Metrics, network::Network, policy::Policy, sandbox::Sandbox, trace::Tracer,
     volume::Sweep,

@@ -2,11 +2,12 @@
 
 use std::sync::Arc;
 
+use bulkhead_executor::UserNames;
 use bulkhead_protocol::{
     Empty,
     agent::{
         CloseStdinRequest, ExecProcessRequest, ReadStreamRequest, ReadStreamResponse, SignalProcessRequest,
-        TtyWinResizeRequest, WaitProcessRequest, WaitProcessResponse, WriteStreamRequest,
+        StringUser, TtyWinResizeRequest, WaitProcessRequest, WaitProcessResponse, WriteStreamRequest,
         WriteStreamResponse,
     },
 };
@@ -21,9 +22,6 @@ use crate::{
 
 /// Runs a further process; answers once its command is being executed.
 pub(super) async fn exec(service: &Service, request: ExecProcessRequest) -> Result<Empty> {
-    if request.string_user.as_ref().is_some_and(|user| !user.uid.is_empty() || !user.gid.is_empty()) {
-        return Err(Error::Unsupported("users by name".into()));
-    }
     if request.stdin_port != 0 || request.stdout_port != 0 || request.stderr_port != 0 {
         return Err(Error::Unsupported("standard streams over vsock ports".into()));
     }
@@ -32,9 +30,15 @@ pub(super) async fn exec(service: &Service, request: ExecProcessRequest) -> Resu
         request.process.into_option().ok_or_else(|| Error::Invalid("the request has no process".into()))?;
     service.sandbox.devices.rewrite(container.id(), &mut process.Env);
     let (reaper, pipe_size) = (Arc::clone(&service.sandbox.reaper), service.sandbox.config.pipe_size);
-    let exec_id = request.exec_id;
-    to_the_end(async move { container.exec(&exec_id, process, pipe_size, &reaper).await }).await?;
+    let (exec_id, user) = (request.exec_id, user_names(request.string_user.into_option()));
+    to_the_end(async move { container.exec(&exec_id, process, user, pipe_size, &reaper).await }).await?;
     Ok(Empty::new())
+}
+
+/// The users and groups that a request names.
+pub(crate) fn user_names(user: Option<StringUser>) -> UserNames {
+    let user = user.unwrap_or_default();
+    UserNames { user: user.uid, group: user.gid, additional_groups: user.additionalGids }
 }
 
 /// Sends a signal: without an exec id SIGKILL goes to the whole container and everything else to its init.
@@ -46,22 +50,13 @@ pub(super) async fn signal(service: &Service, request: SignalProcessRequest) -> 
         container.kill_all().await?;
         return Ok(Empty::new());
     }
-    // One that has ended needs no signal any more.
-    if let Found::Live(process) = container.find(&request.exec_id)?
-        && process.exit_code().is_none()
-    {
-        if container.is_init(&request.exec_id) {
-            process.signal_init(signal)?
-        } else {
-            process.signal(signal)?
-        }
-    }
+    container.signal(&request.exec_id, signal)?;
     Ok(Empty::new())
 }
 
 /// Waits for an exit. The code stays known until the container is removed.
 pub(super) async fn wait(service: &Service, request: WaitProcessRequest) -> Result<WaitProcessResponse> {
-    let status = match find(service, &request.container_id, &request.exec_id)? {
+    let status = match find(service, &request.container_id, &request.exec_id).await? {
         Found::Live(process) => process.wait().await,
         Found::Exited(code) => code,
     };
@@ -74,7 +69,7 @@ pub(super) async fn write_stdin(
     request: WriteStreamRequest,
 ) -> Result<WriteStreamResponse> {
     let what = || format!("write to process {:?} of container {:?}", request.exec_id, request.container_id);
-    let Found::Live(process) = find(service, &request.container_id, &request.exec_id)? else {
+    let Found::Live(process) = find(service, &request.container_id, &request.exec_id).await? else {
         return Err(Error::State(format!("{}: it has exited", what())));
     };
     let exit = process.exit();
@@ -93,7 +88,7 @@ pub(super) async fn write_stdin(
 
 /// Ends the input; again is no error.
 pub(super) async fn close_stdin(service: &Service, request: CloseStdinRequest) -> Result<Empty> {
-    if let Found::Live(process) = find(service, &request.container_id, &request.exec_id)? {
+    if let Found::Live(process) = find(service, &request.container_id, &request.exec_id).await? {
         process.streams.stdin.close(process.exit()).await;
     }
     Ok(Empty::new())
@@ -118,7 +113,7 @@ async fn read(
         return Err(Error::Invalid("a read of 0 bytes would look like the end of the stream".into()));
     }
     let container = service.sandbox.container(&request.container_id)?;
-    let Found::Live(process) = container.find(&request.exec_id)? else {
+    let Found::Live(process) = container.find(&request.exec_id).await? else {
         return Ok(ReadStreamResponse::new());
     };
     let limit = usize::try_from(request.len).unwrap_or(usize::MAX);
@@ -141,7 +136,7 @@ pub(super) async fn resize(service: &Service, request: TtyWinResizeRequest) -> R
     };
     let size = |n: u32| u16::try_from(n).map_err(|_| Error::Invalid(format!("{}: {n} is too large", what())));
     let (rows, columns) = (size(request.row)?, size(request.column)?);
-    let resized = match find(service, &request.container_id, &request.exec_id)? {
+    let resized = match find(service, &request.container_id, &request.exec_id).await? {
         Found::Live(process) => process.streams.resize(rows, columns),
         Found::Exited(_) => None,
     };
@@ -149,6 +144,6 @@ pub(super) async fn resize(service: &Service, request: TtyWinResizeRequest) -> R
     Ok(Empty::new())
 }
 
-fn find(service: &Service, container: &str, exec_id: &str) -> Result<Found> {
-    service.sandbox.container(container)?.find(exec_id)
+async fn find(service: &Service, container: &str, exec_id: &str) -> Result<Found> {
+    service.sandbox.container(container)?.find(exec_id).await
 }

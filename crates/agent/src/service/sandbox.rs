@@ -16,9 +16,6 @@ use crate::{
 
 /// Prepares what the pod's containers share: host name, resolver, IPC namespace, storages.
 pub(super) async fn create(service: &Service, mut request: CreateSandboxRequest) -> Result<Empty> {
-    if !request.guest_hook_path.is_empty() {
-        return Err(Error::Unsupported("guest hooks".into()));
-    }
     let sandbox = Arc::clone(&service.sandbox);
     to_the_end(async move {
         sandbox.guest.prepared().await;

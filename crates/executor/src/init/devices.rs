@@ -13,9 +13,11 @@ use rustix::{
 use super::{
     Child,
     fault::{Fault, On, Outcome},
+};
+use crate::{
+    plan::{Device, DeviceKind},
     root::Root,
 };
-use crate::plan::{Device, DeviceKind};
 
 const LINKS: [(&str, &str); 5] = [
     ("/dev/fd", "/proc/self/fd"),

@@ -12,13 +12,14 @@ mod credentials;
 mod devices;
 mod exec;
 mod fault;
+mod hooks;
 mod mounts;
 mod namespaces;
 mod process;
 mod procfs;
-mod root;
 mod rootfs;
 mod terminal;
+mod user;
 
 use std::{
     ffi::CString,
@@ -32,12 +33,12 @@ use crate::{
     Stage,
     channel::{Channel, Failure, FromChild, ToChild},
     plan::{Kind, NamespaceKind, Plan},
+    root::Root,
     spawn::NAME,
     sys::{self, Cloned},
 };
 use fault::{Fault, Outcome};
 use procfs::Procfs;
-use root::Root;
 
 /// A stage: its name, and what it does.
 type Step = (Stage, fn(&mut Child) -> Outcome);
@@ -55,15 +56,19 @@ const CREATE: &[Step] = &[
     (Stage::Terminal, terminal::open),
     (Stage::Terminal, terminal::console),
     (Stage::WorkingDirectory, process::make_directory),
+    (Stage::Hook, hooks::of_caller),
+    (Stage::Hook, hooks::create_container),
     (Stage::ProtectedPaths, rootfs::protect),
     (Stage::PivotRoot, rootfs::pivot),
     (Stage::WorkingDirectory, process::change_directory),
+    (Stage::User, user::look_up),
     (Stage::Environment, process::environment),
     (Stage::Streams, terminal::streams),
     (Stage::Rlimits, process::rlimits),
     (Stage::Credentials, credentials::change),
     (Stage::FindCommand, exec::find),
     (Stage::Release, exec::wait_for_release),
+    (Stage::Hook, hooks::start_container),
     (Stage::Confinement, credentials::confine),
     (Stage::Exec, exec::execute),
 ];
@@ -76,6 +81,7 @@ const EXEC: &[Step] = &[
     (Stage::Terminal, terminal::open),
     (Stage::WorkingDirectory, process::make_directory),
     (Stage::WorkingDirectory, process::change_directory),
+    (Stage::User, user::look_up),
     (Stage::Environment, process::environment),
     (Stage::Streams, terminal::streams),
     (Stage::Rlimits, process::rlimits),
@@ -150,6 +156,7 @@ fn run() -> io::Result<()> {
     if let Err(fault) = namespaces::enter_pid(&child) {
         return report(&channel, Stage::Namespaces, fault);
     }
+    let joins_pid = child.plan.namespaces.join.contains(&NamespaceKind::Pid);
     // The process speaks only after it has been announced.
     let (announced, announce) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)?;
     match sys::clone_sibling(child.cgroup.as_ref().map(AsFd::as_fd)) {
@@ -166,6 +173,10 @@ fn run() -> io::Result<()> {
             channel.send(&FromChild::Spawned { pid }, &[pidfd.as_fd()])?;
             rustix::io::write(announce, &[1])?;
             Ok(())
+        }
+        // What the kernel says when the first process of a pid namespace is gone.
+        Err(error) if error.raw_os_error() == Some(libc::ENOMEM) && joins_pid => {
+            report(&channel, Stage::Spawn, Fault::new(libc::ENOMEM, "has the pid namespace it joins ended?"))
         }
         Err(error) => report(&channel, Stage::Spawn, error.into()),
     }

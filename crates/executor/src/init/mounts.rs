@@ -17,10 +17,10 @@ use super::{
     Child,
     fault::{Fault, On, Outcome},
     procfs::is_proc,
-    root::{Node, Root, file_type},
 };
 use crate::{
     plan::{Attributes, MountKind, MountPlan},
+    root::{Node, Root, file_type},
     sys::{self, MountAttr},
 };
 

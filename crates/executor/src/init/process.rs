@@ -1,23 +1,19 @@
 //! What the process is besides its credentials: session, directory, environment, limits.
 
-use std::{
-    ffi::CString,
-    fs::File,
-    io::{self, BufRead, BufReader, Read},
-    os::fd::AsFd,
-};
+use std::{ffi::CString, io};
 
-use rustix::fs::{FileType, OFlags};
+use rustix::fs::OFlags;
 
 use super::{
     Child,
     fault::{Fault, On, Outcome},
-    root::{Node, Root, file_type},
+    user,
 };
-use crate::{plan::rlimit_name, sys};
-
-/// A larger `/etc/passwd` is not looked through.
-const MAX_PASSWD: u64 = 1 << 20;
+use crate::{
+    plan::rlimit_name,
+    root::{Node, Root},
+    sys,
+};
 
 /// A session, a keyring, and signals as a new program expects them.
 pub(super) fn session(_: &mut Child) -> Outcome {
@@ -77,18 +73,13 @@ pub(super) fn environment(child: &mut Child) -> Outcome {
 
 /// A container without users is fine.
 fn home(root: &Root, uid: u32) -> Option<Vec<u8>> {
-    // Not blocking: it could be a pipe.
-    let file = root.open("/etc/passwd", OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY).ok()?;
-    if file_type(file.as_fd()).ok()? != FileType::RegularFile {
-        return None;
-    }
-    home_in(BufReader::new(File::from(file).take(MAX_PASSWD)), uid)
+    home_in(user::lines(root, user::PASSWD), uid)
 }
 
 /// `name:password:uid:gid:comment:home:shell`
-fn home_in(passwd: impl BufRead, uid: u32) -> Option<Vec<u8>> {
+fn home_in(mut passwd: impl Iterator<Item = Vec<u8>>, uid: u32) -> Option<Vec<u8>> {
     let uid = uid.to_string();
-    passwd.split(b'\n').map_while(Result::ok).find_map(|line| {
+    passwd.find_map(|line| {
         let fields: Vec<&[u8]> = line.split(|b| *b == b':').collect();
         let home = fields.get(5).filter(|home| !home.is_empty() && !home.contains(&0))?;
         (fields.get(2) == Some(&uid.as_bytes())).then(|| home.to_vec())
@@ -111,7 +102,10 @@ mod tests {
     fn the_home_is_that_of_the_user() {
         let passwd =
             b"root:x:0:0:root:/root:/bin/sh\nbroken\nme:x:1000:1000::/home/me:/bin/sh\nno:x:5:5:::\n";
-        let home = |uid| home_in(&passwd[..], uid).map(|h| String::from_utf8(h).unwrap());
+        let home = |uid| {
+            home_in(passwd.split(|byte| *byte == b'\n').map(<[u8]>::to_vec), uid)
+                .map(|h| String::from_utf8(h).unwrap())
+        };
         assert_eq!(home(0).as_deref(), Some("/root"));
         assert_eq!(home(1000).as_deref(), Some("/home/me"));
         assert_eq!(home(5), None);

@@ -15,10 +15,10 @@ use super::{
     Child,
     fault::{Fault, On, Outcome},
     mounts::{attach, clone_tree, set},
-    root::{Root, file_type},
 };
 use crate::{
     plan::{Propagation, RootfsPlan},
+    root::{Root, file_type},
     sys::{self, MountAttr},
 };
 

@@ -15,9 +15,8 @@ use super::{
     Child,
     fault::{Fault, On, Outcome},
     mounts::{attach, clone_tree},
-    root::Node,
 };
-use crate::channel::FromChild;
+use crate::{channel::FromChild, root::Node};
 
 /// linux/magic.h
 const DEVPTS_MAGIC: i64 = 0x1cd1;

@@ -15,11 +15,12 @@ use serde::{Deserialize, Serialize};
 pub(crate) use capabilities::Capabilities;
 pub(crate) use mounts::{Attributes, MountKind, MountPlan};
 pub(crate) use namespaces::{NamespaceKind, NamespacePlan};
+pub use process::UserNames;
 pub(crate) use process::{ProcessPlan, rlimit_name};
 pub(crate) use rootfs::{Device, DeviceKind, Propagation, RootfsPlan};
 pub(crate) use sysctls::Sysctl;
 
-use crate::{Error, seccomp};
+use crate::{Error, hooks::ChildHooks, seccomp};
 
 /// What the plan must know about where it will be carried out.
 #[derive(Clone, Copy, Debug)]
@@ -68,6 +69,8 @@ pub(crate) struct Setup {
     pub(crate) sysctls: Vec<Sysctl>,
     /// The file system.
     pub(crate) rootfs: RootfsPlan,
+    /// The hooks.
+    pub(crate) hooks: ChildHooks,
 }
 
 /// The plan for a new container, whose cgroup will be at `cgroup`.
@@ -76,12 +79,13 @@ pub(crate) fn create(spec: &oci::Spec, host: Host, cgroup: Option<&str>) -> Resu
         spec.Process.as_ref().ok_or_else(|| Error::Invalid("the spec has no process".to_owned()))?;
     let linux =
         spec.Linux.as_ref().ok_or_else(|| Error::Invalid("the spec has no linux section".to_owned()))?;
-    refuse_unsupported(spec, linux)?;
+    refuse_unsupported(linux)?;
     let namespaces = NamespacePlan::new(&linux.Namespaces)?;
     let setup = Setup {
         hostname: hostname(&spec.Hostname, &namespaces)?,
         sysctls: sysctls::plan(&linux.Sysctl, &namespaces, host.owns_machine)?,
         rootfs: RootfsPlan::new(spec, linux, host, cgroup)?,
+        hooks: ChildHooks::default(),
     };
     let seccomp = linux.Seccomp.as_ref().map(seccomp::compile).transpose()?;
     let process = ProcessPlan::new(process, seccomp, host)?;
@@ -113,21 +117,8 @@ pub(crate) fn exec(
     })
 }
 
-fn refuse_unsupported(spec: &oci::Spec, linux: &oci::Linux) -> Result<(), Error> {
+fn refuse_unsupported(linux: &oci::Linux) -> Result<(), Error> {
     let unsupported = |what: &str| Err(Error::Unsupported(what.to_owned()));
-    if let Some(hooks) = spec.Hooks.as_ref() {
-        let all = [
-            &hooks.Prestart,
-            &hooks.Poststart,
-            &hooks.Poststop,
-            &hooks.CreateRuntime,
-            &hooks.CreateContainer,
-            &hooks.StartContainer,
-        ];
-        if all.iter().any(|hooks| !hooks.is_empty()) {
-            return unsupported("hooks in the spec");
-        }
-    }
     if !linux.UIDMappings.is_empty() || !linux.GIDMappings.is_empty() {
         return unsupported("user and group id mappings");
     }
@@ -223,8 +214,6 @@ mod tests {
         assert!(refused(|s| s.Process.clear()).contains("no process"));
         assert!(refused(|s| s.Linux.clear()).contains("no linux"));
         assert!(refused(|s| s.Root.clear()).contains("no root"));
-        let hook = oci::Hook::new();
-        assert!(refused(|s| s.Hooks.mut_or_insert_default().StartContainer.push(hook)).contains("hooks"));
         let map = oci::LinuxIDMapping::new();
         assert!(refused(|s| s.Linux.as_mut().unwrap().UIDMappings.push(map)).contains("id mappings"));
         let rdt = "L3:0=f".to_owned();

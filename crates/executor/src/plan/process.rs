@@ -6,6 +6,18 @@ use serde::{Deserialize, Serialize};
 use super::{Capabilities, Host, absolute, no_nul};
 use crate::{Error, seccomp};
 
+/// Users and groups to look up in the container's own `/etc/passwd` and `/etc/group`. A number that is no name there
+/// stands for itself; what is empty leaves the spec's numbers. A user found by name brings its group.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct UserNames {
+    /// The user.
+    pub user: String,
+    /// The group.
+    pub group: String,
+    /// The supplementary groups.
+    pub additional_groups: Vec<String>,
+}
+
 /// The process to become.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(crate) struct ProcessPlan {
@@ -21,6 +33,8 @@ pub(crate) struct ProcessPlan {
     pub(crate) gid: u32,
     /// Supplementary groups.
     pub(crate) groups: Vec<u32>,
+    /// Names that stand above the three numbers.
+    pub(crate) names: UserNames,
     /// File mode creation mask.
     pub(crate) umask: u32,
     /// Capabilities, reduced to what can be granted.
@@ -82,6 +96,7 @@ impl ProcessPlan {
             uid: user.UID,
             gid: user.GID,
             groups: user.AdditionalGids,
+            names: UserNames::default(),
             umask: 0o022,
             capabilities: Capabilities::new(
                 &process.Capabilities.clone().unwrap_or_default(),

@@ -5,7 +5,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use bulkhead_executor::{Container, Error, Status};
+use bulkhead_executor::{Container, Error, Status, UserNames};
 use bulkhead_protocol::oci;
 
 use crate::{cases, support::*};
@@ -85,7 +85,7 @@ fn limits_are_set_and_updated() {
 fn processes_are_in_the_cgroup_from_birth() {
     let rootfs = Rootfs::new();
     let (container, init) = start(rootfs.spec("sleep 1000"));
-    let exec = container.exec(shell("sleep 1000")).unwrap();
+    let exec = container.exec(shell("sleep 1000"), UserNames::default()).unwrap();
     for pid in [init.pid, exec.pid] {
         let path = fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap();
         assert_eq!(path, format!("0::/{}\n", container.id()));
@@ -184,7 +184,7 @@ fn a_paused_container_stands_still() {
     assert!(used < 200_000_000, "{used} ns");
     for (error, text) in [
         (container.pause().unwrap_err(), "is paused: cannot pause"),
-        (container.exec(shell("true")).unwrap_err(), "is paused: cannot exec"),
+        (container.exec(shell("true"), UserNames::default()).unwrap_err(), "is paused: cannot exec"),
         (container.start().unwrap_err(), "is paused: cannot start"),
     ] {
         assert!(error.to_string().contains(text), "{error}");
@@ -281,7 +281,8 @@ fn a_signal_reaches_every_process() {
     let rootfs = Rootfs::new();
     let wait_for = "echo ready; while :; do sleep 1; done";
     let (container, init) = start(rootfs.spec(&format!("trap 'echo got' USR1; {wait_for}")));
-    let exec = container.exec(shell(&format!("trap 'exit 6' USR1; {wait_for}"))).unwrap();
+    let exec =
+        container.exec(shell(&format!("trap 'exit 6' USR1; {wait_for}")), UserNames::default()).unwrap();
     let mut stdout = blocking(init.streams.stdout.unwrap());
     read_until(&mut stdout, "ready\n");
     read_until(&mut blocking(exec.streams.stdout.unwrap()), "ready\n");

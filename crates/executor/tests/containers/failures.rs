@@ -2,7 +2,7 @@
 
 use std::{fs, os::unix::fs::PermissionsExt};
 
-use bulkhead_executor::Error;
+use bulkhead_executor::{Error, UserNames};
 use bulkhead_protocol::oci;
 
 use crate::{cases, support::*};
@@ -63,7 +63,7 @@ fn a_missing_command_fails_at_exec() {
     let (container, init) = start(rootfs.spec("sleep 1000"));
     let mut process = shell("");
     process.Args = vec!["foo".into()];
-    match container.exec(process) {
+    match container.exec(process, UserNames::default()) {
         Err(error @ Error::CommandNotFound(_)) => {
             assert_eq!(error.to_string(), "exec: \"foo\": executable file not found in $PATH");
         }
@@ -105,7 +105,7 @@ fn what_is_not_offered() {
     for (change, text) in [
         (
             (|s| s.Hooks.mut_or_insert_default().Prestart.push(oci::Hook::new())) as fn(&mut oci::Spec),
-            "not supported: hooks",
+            "hook \"\": its path is not absolute",
         ),
         (|s| linux(s).Namespaces.push(namespace("time")), "not supported: time namespaces"),
         (|s| linux(s).Namespaces.push(namespace("fancy")), "unknown namespace type \"fancy\""),

@@ -7,6 +7,8 @@ use std::{
 
 use bulkhead_protocol::oci;
 
+use bulkhead_executor::UserNames;
+
 use crate::{cases, support::*};
 
 cases![
@@ -307,7 +309,7 @@ fn the_working_directory() {
         refused(spec);
         let mut process = shell("pwd");
         process.Cwd = cwd;
-        assert!(container.exec(process).is_err());
+        assert!(container.exec(process, UserNames::default()).is_err());
     }
     finish(&container, init);
 }
@@ -323,7 +325,7 @@ fn no_descriptor_leaks() {
     let mut beside = shell("");
     sleep(&mut beside);
     let (container, init) = start(spec);
-    let exec = container.exec(beside).unwrap();
+    let exec = container.exec(beside, UserNames::default()).unwrap();
     for pid in [init.pid, exec.pid] {
         let entries = fs::read_dir(format!("/proc/{pid}/fd")).unwrap().flatten();
         let mut open: Vec<_> = entries.map(|e| (e.file_name(), fs::read_link(e.path()).unwrap())).collect();

@@ -1,6 +1,6 @@
 //! From created to deleted.
 
-use bulkhead_executor::{Error, Status};
+use bulkhead_executor::{Error, Status, UserNames};
 
 use crate::{cases, support::*};
 
@@ -71,7 +71,7 @@ fn an_exec_runs_beside_init() {
     assert_eq!(lines[1], "box");
     assert_ne!(lines[2], "1");
 
-    let mut cat = container.exec(shell("cat")).unwrap();
+    let mut cat = container.exec(shell("cat"), UserNames::default()).unwrap();
     let pids = container.pids().unwrap();
     assert!(pids.contains(&init.pid) && pids.contains(&cat.pid), "{pids:?}");
     write(cat.streams.stdin.take().unwrap(), "through");
@@ -84,7 +84,7 @@ fn deleting_kills_everything() {
     let (container, init) = start(rootfs.spec("sleep 1000 & sleep 1000 & echo; wait"));
     let mut stdout = blocking(init.streams.stdout.unwrap());
     read_until(&mut stdout, "\n");
-    let exec = container.exec(shell("trap '' TERM HUP INT; sleep 1000")).unwrap();
+    let exec = container.exec(shell("trap '' TERM HUP INT; sleep 1000"), UserNames::default()).unwrap();
     let pids = container.pids().unwrap();
     assert!(pids.len() >= 4 && pids.contains(&init.pid) && pids.contains(&exec.pid), "{pids:?}");
     container.delete().unwrap();
@@ -126,7 +126,7 @@ fn operations_need_the_right_state() {
     state(container.start(), "is running: cannot start");
     container.signal_all(libc::SIGKILL).unwrap();
     wait(process.pid);
-    match container.exec(shell("true")) {
+    match container.exec(shell("true"), UserNames::default()) {
         Err(error) => assert!(error.to_string().contains("is stopped: cannot exec"), "{error}"),
         Ok(_) => panic!("exec into a dead container"),
     }
@@ -142,7 +142,7 @@ fn a_killed_init_cannot_be_started() {
     container.signal_all(libc::SIGKILL).unwrap();
     assert_eq!(wait(process.pid), 137);
     let error = container.start().unwrap_err().to_string();
-    assert!(error.contains("ended before its command was executed"), "{error}");
+    assert!(error.contains("is stopped: cannot start"), "{error}");
     container.delete().unwrap();
 }
 
@@ -186,7 +186,7 @@ fn an_exec_has_its_own_terminal() {
     process.User.mut_or_insert_default().UID = 1000;
     process.ConsoleSize =
         Some(bulkhead_protocol::oci::Box { Height: 10, Width: 20, ..Default::default() }).into();
-    let exec = container.exec(process).unwrap();
+    let exec = container.exec(process, UserNames::default()).unwrap();
     let mut master = blocking(exec.streams.terminal.unwrap());
     assert_eq!(read_until(&mut master, "1000\n"), "/dev/pts/0\n10 20\n1000\n");
     // Ctrl-C reaches the foreground process.

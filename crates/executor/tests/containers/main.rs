@@ -10,6 +10,7 @@ mod cgroups;
 mod confinement;
 mod failures;
 mod filesystem;
+mod hooks;
 mod lifecycle;
 mod namespaces;
 mod support;
@@ -47,8 +48,14 @@ fn main() -> ExitCode {
 }
 
 fn run(filter: &str, cgroups: bool) -> bool {
-    let mut groups =
-        vec![lifecycle::CASES, namespaces::CASES, filesystem::CASES, confinement::CASES, failures::CASES];
+    let mut groups = vec![
+        lifecycle::CASES,
+        namespaces::CASES,
+        filesystem::CASES,
+        confinement::CASES,
+        failures::CASES,
+        hooks::CASES,
+    ];
     let mut skipped = 0;
     if cgroups {
         groups.push(cgroups::CASES);

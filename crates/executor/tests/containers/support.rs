@@ -3,21 +3,24 @@
 use std::{
     collections::BTreeMap,
     fs,
-    io::{Read, Write},
+    io::{Read, Seek, Write},
     os::{
         fd::OwnedFd,
-        unix::fs::{PermissionsExt, symlink},
+        unix::{
+            fs::{PermissionsExt, symlink},
+            process::CommandExt,
+        },
     },
     path::{Path, PathBuf},
     process::{Command, Stdio},
     sync::{
-        Condvar, Mutex, OnceLock,
+        Arc, Condvar, Mutex, OnceLock,
         atomic::{AtomicUsize, Ordering},
     },
     time::{Duration, Instant},
 };
 
-use bulkhead_executor::{Config, Container, Error, Process};
+use bulkhead_executor::{Config, Container, Error, Hook, HookRunner, Process, UserNames};
 use bulkhead_protocol::oci;
 use rustix::process::WaitOptions;
 
@@ -42,6 +45,12 @@ impl Reaper {
             self.codes.lock().unwrap().insert(pid.as_raw_pid(), code.unwrap());
             self.changed.notify_all();
         }
+    }
+
+    fn code(&self, pid: i32, patience: Duration) -> Option<i32> {
+        let codes = self.codes.lock().unwrap();
+        let waited = self.changed.wait_timeout_while(codes, patience, |codes| !codes.contains_key(&pid));
+        waited.unwrap().0.remove(&pid)
     }
 }
 
@@ -226,11 +235,48 @@ pub(crate) struct Output {
     pub(crate) stderr: String,
 }
 
+/// Runs hooks as an agent does: somebody else reaps them.
+#[derive(Debug)]
+struct Runner;
+
+impl HookRunner for Runner {
+    fn run(&self, hook: &Hook, state: &[u8]) -> Result<(), String> {
+        let mut files = [tempfile::tempfile().unwrap(), tempfile::tempfile().unwrap()];
+        files[0].write_all(state).unwrap();
+        files[0].rewind().unwrap();
+        let [state, output] = &mut files;
+        let process = hook
+            .command()
+            .stdin(state.try_clone().unwrap())
+            .stdout(output.try_clone().unwrap())
+            .stderr(output.try_clone().unwrap())
+            .process_group(0)
+            .spawn()
+            .map_err(|error| error.to_string())?;
+        let group = rustix::process::Pid::from_child(&process);
+        let Some(code) = REAPER.code(group.as_raw_pid(), hook.timeout()) else {
+            rustix::process::kill_process_group(group, rustix::process::Signal::KILL).unwrap();
+            wait(group.as_raw_pid());
+            return Err(format!("it did not end within {} s and was killed", hook.timeout().as_secs()));
+        };
+        let mut words = String::new();
+        output.rewind().unwrap();
+        output.read_to_string(&mut words).unwrap();
+        if code == 0 { Ok(()) } else { Err(format!("exit code {code}: {}", words.trim())) }
+    }
+}
+
 /// Makes a container, with an id of its own.
 pub(crate) fn create(spec: oci::Spec) -> Result<(Container, Process), Error> {
+    create_as(spec, UserNames::default())
+}
+
+/// Makes a container whose process is that of a user by name.
+pub(crate) fn create_as(spec: oci::Spec, user: UserNames) -> Result<(Container, Process), Error> {
     static NEXT: AtomicUsize = AtomicUsize::new(0);
     let id = format!("test-{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
-    Container::create(Config { id, spec, cgroup_mount: crate::vm::cgroup_mount() })
+    let cgroup_mount = crate::vm::cgroup_mount();
+    Container::create(Config { id, spec, cgroup_mount, user, hooks: Arc::new(Runner) })
 }
 
 /// Makes and starts a container.
@@ -276,7 +322,7 @@ pub(crate) fn assert_refused(spec: oci::Spec, text: &str) {
 
 /// Runs a further process to its end.
 pub(crate) fn exec(container: &Container, process: oci::Process) -> Output {
-    collect(container.exec(process).unwrap())
+    collect(container.exec(process, UserNames::default()).unwrap())
 }
 
 /// Runs a script in a container; what it wrote.
@@ -345,13 +391,5 @@ pub(crate) fn write(fd: OwnedFd, text: &str) {
 
 /// Waits for a child of ours; its code as a shell counts.
 pub(crate) fn wait(pid: i32) -> i32 {
-    let (mut codes, _) = REAPER
-        .changed
-        .wait_timeout_while(REAPER.codes.lock().unwrap(), Duration::from_secs(60), |codes| {
-            !codes.contains_key(&pid)
-        })
-        .unwrap();
-    let code = codes.remove(&pid);
-    drop(codes);
-    code.unwrap_or_else(|| panic!("{pid} still runs"))
+    REAPER.code(pid, Duration::from_secs(60)).unwrap_or_else(|| panic!("{pid} still runs"))
 }

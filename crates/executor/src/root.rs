@@ -19,7 +19,7 @@ use rustix::{
 
 /// What to make where nothing is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Node {
+pub enum Node {
     /// An empty directory.
     Directory,
     /// An empty file.
@@ -28,7 +28,7 @@ pub(super) enum Node {
 
 /// A directory that paths are resolved in as if it were `/`.
 #[derive(Debug)]
-pub(super) struct Root(OwnedFd);
+pub struct Root(OwnedFd);
 
 /// As many as the kernel follows.
 const MAX_LINKS: usize = 40;
@@ -38,18 +38,18 @@ const FILE_MODE: Mode = Mode::from_raw_mode(0o644);
 
 impl Root {
     /// Paths are resolved below `fd`.
-    pub(super) fn new(fd: OwnedFd) -> Root {
+    pub fn new(fd: OwnedFd) -> Root {
         Root(fd)
     }
 
     /// The root of the process.
-    pub(super) fn own() -> io::Result<Root> {
+    pub fn own() -> io::Result<Root> {
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
         Ok(Root(rustix::fs::openat(CWD, "/", flags, Mode::empty())?))
     }
 
     /// Opens what is at `path`, following links inside the root.
-    pub(super) fn open(&self, path: impl AsRef<Path>, flags: OFlags) -> io::Result<OwnedFd> {
+    pub fn open(&self, path: impl AsRef<Path>, flags: OFlags) -> io::Result<OwnedFd> {
         self.resolve(path.as_ref(), flags, ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS)
     }
 
@@ -65,7 +65,7 @@ impl Root {
     }
 
     /// Opens `path` as a path descriptor; what is missing on the way is made, links that dangle included.
-    pub(super) fn create(&self, path: impl AsRef<Path>, node: Node) -> io::Result<OwnedFd> {
+    pub fn create(&self, path: impl AsRef<Path>, node: Node) -> io::Result<OwnedFd> {
         match self.open(&path, OFlags::PATH) {
             Err(e) if e.kind() == io::ErrorKind::NotFound => {}
             result => return result,
@@ -127,7 +127,7 @@ impl Root {
     }
 
     /// The directory that `path` is in, made if missing, and the name in it.
-    pub(super) fn parent<'p>(&self, path: &'p str) -> io::Result<(OwnedFd, &'p OsStr)> {
+    pub(crate) fn parent<'p>(&self, path: &'p str) -> io::Result<(OwnedFd, &'p OsStr)> {
         let path = Path::new(path);
         match (path.parent(), path.file_name()) {
             (Some(parent), Some(name)) => Ok((self.create(parent, Node::Directory)?, name)),
@@ -136,7 +136,7 @@ impl Root {
     }
 
     /// The path inside the root of what `fd` refers to; `None` when it is outside. For checks, not for opening.
-    pub(super) fn path_of(&self, fd: BorrowedFd<'_>) -> io::Result<Option<PathBuf>> {
+    pub(crate) fn path_of(&self, fd: BorrowedFd<'_>) -> io::Result<Option<PathBuf>> {
         let name = |fd: BorrowedFd<'_>| std::fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd()));
         let root = name(self.0.as_fd())?;
         Ok(name(fd)?.strip_prefix(root).ok().map(|path| Path::new("/").join(path)))
@@ -160,7 +160,7 @@ fn parts(path: &Path) -> VecDeque<OsString> {
 }
 
 /// The type of what `fd` refers to.
-pub(super) fn file_type(fd: BorrowedFd<'_>) -> io::Result<FileType> {
+pub(crate) fn file_type(fd: BorrowedFd<'_>) -> io::Result<FileType> {
     let stat = rustix::fs::statat(fd, "", AtFlags::EMPTY_PATH)?;
     Ok(FileType::from_raw_mode(stat.st_mode))
 }
