@@ -23,13 +23,14 @@ use tokio::sync::Notify;
 
 use crate::{
     boot::Guest,
-    cmdline::Config,
+    config::Config,
     container::Container,
     device::Devices,
     error::{Error, Result},
     namespaces::{self, Pod, Shared},
     network,
     oom::OomWatcher,
+    passfd::Passed,
     reaper::Reaper,
     storage::Storages,
     sync::{blocking, lock},
@@ -50,6 +51,8 @@ pub(crate) struct Sandbox {
     pub(crate) oom: Arc<OomWatcher>,
     /// Finds devices.
     pub(crate) devices: Arc<Devices>,
+    /// Connections that become standard streams.
+    pub(crate) passed: Arc<Passed>,
     storages: Storages,
     state: Mutex<State>,
     /// A slot or the phase has changed.
@@ -91,6 +94,7 @@ impl Sandbox {
             config,
             reaper: Arc::default(),
             oom: Arc::default(),
+            passed: Arc::default(),
             storages: Storages::default(),
             state: Mutex::default(),
             changed: Notify::new(),

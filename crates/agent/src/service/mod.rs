@@ -35,13 +35,13 @@ pub(crate) struct Service {
 }
 
 /// Everything the agent's server offers.
-pub(crate) fn services(sandbox: Arc<Sandbox>, metrics: Metrics) -> HashMap<String, ttrpc::r#async::Service> {
-    let mut services = create_agent_service(Arc::new(Service {
-        sandbox,
-        metrics,
-        policy: Policy::default(),
-        tracer: Tracer::default(),
-    }));
+pub(crate) fn services(
+    sandbox: Arc<Sandbox>,
+    metrics: Metrics,
+    tracer: Tracer,
+) -> HashMap<String, ttrpc::r#async::Service> {
+    let mut services =
+        create_agent_service(Arc::new(Service { sandbox, metrics, policy: Policy::default(), tracer }));
     services.extend(create_health(Arc::new(health::Health)));
     services
 }
@@ -124,7 +124,7 @@ mod tests {
     use super::*;
     use crate::{
         boot::{Guest, Times},
-        cmdline::Config,
+        config::Config,
     };
 
     const UNBUILT: [&str; 20] = [
@@ -164,7 +164,7 @@ mod tests {
     async fn what_is_not_built_says_so_and_nothing_else_does() {
         let times = Times { started: Duration::ZERO, listening: Arc::new(OnceLock::new()) };
         let sandbox = Sandbox::new(Arc::new(Guest::plain()), Config::default());
-        let services = services(sandbox, Metrics::new(times));
+        let services = services(sandbox, Metrics::new(times), Tracer::default());
         let mut unbuilt = Vec::new();
         for (name, method) in &services["grpc.AgentService"].methods {
             let answer = method.handler(context(), ttrpc::Request::default());

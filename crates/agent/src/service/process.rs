@@ -15,6 +15,7 @@ use super::Service;
 use crate::{
     container::Found,
     error::{During, Error, Result},
+    passfd,
     process::Process,
     sync::to_the_end,
 };
@@ -24,15 +25,18 @@ pub(super) async fn exec(service: &Service, request: ExecProcessRequest) -> Resu
     if request.string_user.as_ref().is_some_and(|user| !user.uid.is_empty() || !user.gid.is_empty()) {
         return Err(Error::Unsupported("users by name".into()));
     }
-    if request.stdin_port != 0 || request.stdout_port != 0 || request.stderr_port != 0 {
-        return Err(Error::Unsupported("standard streams over vsock ports".into()));
-    }
     let container = service.sandbox.container(&request.container_id)?;
+    let ports = [request.stdin_port, request.stdout_port, request.stderr_port];
+    let streams = service.sandbox.passed.take(ports).await?;
     let process =
         request.process.into_option().ok_or_else(|| Error::Invalid("the request has no process".into()))?;
     let (reaper, pipe_size) = (Arc::clone(&service.sandbox.reaper), service.sandbox.config.pipe_size);
     let exec_id = request.exec_id;
-    to_the_end(async move { container.exec(&exec_id, process, pipe_size, &reaper).await }).await?;
+    to_the_end(async move {
+        container.exec(&exec_id, process, pipe_size, &reaper).await?;
+        passfd::attach(streams, &container, &exec_id)
+    })
+    .await?;
     Ok(Empty::new())
 }
 
