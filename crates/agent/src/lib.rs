@@ -12,6 +12,7 @@ mod config;
 mod console;
 mod container;
 mod device;
+mod dispatch;
 mod error;
 mod json;
 mod log;

@@ -11,6 +11,7 @@ use crate::{
     boot::{self, Guest, Times},
     config::Config,
     console,
+    dispatch::strict,
     error::{During, Error, Result},
     log::Lines,
     metrics::Metrics,
@@ -48,11 +49,8 @@ pub(crate) async fn serve(
     let address = Address::parse(&config.server)?;
     let tracer = Tracer::start(&config)?;
     let sandbox = Sandbox::new(guest, config);
-    let mut server = Server::new().add_listener(address.listen()?).register_service(services(
-        Arc::clone(&sandbox),
-        Metrics::new(times.clone()),
-        tracer.clone(),
-    ));
+    let services = services(Arc::clone(&sandbox), Metrics::new(times.clone()), tracer.clone());
+    let mut server = Server::new().add_listener(address.listen()?).register_service(strict(services));
     reaper::adopt_orphans().during(|| "become the reaper of orphans".into())?;
     let children = signal(SignalKind::child()).during(|| "watch for ended children".into())?;
     let reaper = Arc::clone(&sandbox.reaper);

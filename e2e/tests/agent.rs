@@ -1,0 +1,22 @@
+//! The guest agent in a real VM and as a plain process, alone. A file per family of requests below `agent/`; the runner of
+//! the cases is the crate's, the VMs are `bulkhead_e2e::agent`'s.
+
+#[path = "agent/ports.rs"]
+mod ports;
+#[path = "agent/rpc.rs"]
+mod rpc;
+
+use std::process::ExitCode;
+
+use bulkhead_e2e::{Case, run};
+
+/// A line a family.
+#[rustfmt::skip]
+const FAMILIES: &[&[Case]] = &[
+    ports::CASES,
+    rpc::CASES,
+];
+
+fn main() -> ExitCode {
+    run(&FAMILIES.concat())
+}
