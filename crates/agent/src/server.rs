@@ -47,6 +47,8 @@ pub(crate) async fn serve(
     listening: impl FnOnce(),
 ) -> Result<()> {
     let address = Address::parse(&config.server)?;
+    // Before anybody can connect, and then end the agent.
+    let mut terminate = signal(SignalKind::terminate()).during(|| "watch for SIGTERM".into())?;
     let tracer = Tracer::start(&config)?;
     let sandbox = Sandbox::new(guest, config);
     let services = services(Arc::clone(&sandbox), Metrics::new(times.clone()), tracer.clone());
@@ -60,7 +62,6 @@ pub(crate) async fn serve(
     listening();
     tracing::info!(%address, started = ?times.started, listening = ?since, "taking requests");
     open_ports(&sandbox, log);
-    let mut terminate = signal(SignalKind::terminate()).during(|| "watch for SIGTERM".into())?;
     tokio::select! {
         () = sandbox.ended() => {}
         _ = terminate.recv() => sandbox.destroy().await,
