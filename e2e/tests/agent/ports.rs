@@ -165,7 +165,7 @@ fn streams_flow_over_connections_of_the_host(scratch: &Scratch) -> anyhow::Resul
         };
 
         // Two megabytes there and back, and a hash of them besides.
-        let data: Vec<u8> = (0..2u32 << 20).map(|n| (n.wrapping_mul(2_654_435_761) >> 24) as u8).collect();
+        let data: Vec<u8> = (0..2u32 << 20).map(|n| n.wrapping_mul(2_654_435_761).to_be_bytes()[0]).collect();
         let (mut stdin, stdin_port) = agent.dial_from(ports::STREAMS).await?;
         let (mut stdout, stdout_port) = agent.dial_from(ports::STREAMS).await?;
         let (mut stderr, stderr_port) = agent.dial_from(ports::STREAMS).await?;
