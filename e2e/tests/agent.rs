@@ -17,6 +17,8 @@ mod load;
 mod memory;
 #[path = "agent/network.rs"]
 mod network;
+#[path = "agent/ports.rs"]
+mod ports;
 #[path = "agent/rpc.rs"]
 mod rpc;
 #[path = "agent/storage.rs"]
@@ -36,6 +38,7 @@ const FAMILIES: &[&[Case]] = &[
     files::CASES,
     load::CASES,
     network::CASES,
+    ports::CASES,
     rpc::CASES,
     storage::CASES,
     containers::CASES,

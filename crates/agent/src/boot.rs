@@ -22,6 +22,7 @@ use rustix::{
 use tokio::sync::watch;
 
 use crate::{
+    config,
     device::Places,
     error::{During, Result},
     hotplug, modules, network,
@@ -98,6 +99,15 @@ impl Guest {
 
 /// The initramfs, out of sight but not freed yet.
 pub(crate) struct Initramfs(OwnedFd);
+
+impl Initramfs {
+    /// Reads a file of at most `limit` bytes; the path is the one it has in the image.
+    pub(crate) fn read(&self, path: &str, limit: u64) -> io::Result<Vec<u8>> {
+        let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK;
+        let file = rustix::fs::openat(&self.0, path.trim_start_matches('/'), flags, Mode::empty())?;
+        config::read_to_limit(file.into(), limit)
+    }
+}
 
 /// Makes this PID 1's machine fit to listen: a root of its own, the kernel's file systems, the modules of the host's
 /// connection.
@@ -268,6 +278,19 @@ mod tests {
         remove_below(&directory(tree.path().to_str().unwrap()).unwrap(), None).unwrap();
         assert_eq!(std::fs::read_dir(tree.path()).unwrap().count(), 0);
         assert!(keep.path().join("precious").exists());
+    }
+
+    #[test]
+    fn a_file_of_the_image_is_read_by_its_path_there() {
+        let image = tempfile::tempdir().unwrap();
+        std::fs::create_dir(image.path().join("etc")).unwrap();
+        std::fs::write(image.path().join("etc/agent.toml"), "x").unwrap();
+        let image = Initramfs(directory(image.path().to_str().unwrap()).unwrap());
+        assert_eq!(image.read("/etc/agent.toml", 1).unwrap(), b"x");
+        assert!(image.read("/etc/agent.toml", 0).is_err(), "too large");
+        assert!(
+            image.read("/etc", 9).is_err() && image.read("", 9).is_err() && image.read("/no\0", 9).is_err()
+        );
     }
 
     #[tokio::test]

@@ -277,7 +277,8 @@ impl Container {
         let executor = Arc::clone(&self.executor);
         blocking(move || Ok(executor.delete()?)).await?;
         for process in execs.iter().chain([&self.init]) {
-            process.wait().await;
+            process.ended().await;
+            process.copy_ends();
         }
         Ok(())
     }

@@ -8,7 +8,8 @@
 //! One thread runs the requests; what blocks (the executor, mounts) runs on others.
 
 mod boot;
-mod cmdline;
+mod config;
+mod console;
 mod container;
 mod copy;
 mod device;
@@ -17,6 +18,7 @@ mod dispatch;
 mod error;
 mod hooks;
 mod hotplug;
+mod json;
 mod log;
 mod metrics;
 mod mirror;
@@ -24,7 +26,9 @@ mod modules;
 mod namespaces;
 mod network;
 mod oom;
+mod passfd;
 mod policy;
+mod port;
 mod process;
 mod program;
 mod reaper;
@@ -48,7 +52,7 @@ use std::{
     time::Duration,
 };
 
-use cmdline::{Command, Config};
+use config::{Command, Config, USAGE};
 use error::{During, Result};
 
 /// The program's `main`.
@@ -74,8 +78,9 @@ fn report(ended: &Result<()>) {
 
 fn run_as_init(times: boot::Times) -> Result<()> {
     let initramfs = boot::prepare()?;
-    let config = Config::of_init()?;
+    let (config, report) = Config::of_init(&initramfs)?;
     let log = log::start(config.log_level, config.log_port != 0);
+    report.log();
     let guest = Arc::new(boot::Guest::own());
     let finishing = Arc::clone(&guest);
     run(server::serve(config, guest, times, log, move || boot::finish(initramfs, finishing)))
@@ -87,8 +92,13 @@ fn run_as_process(times: boot::Times) -> Result<()> {
             println!("bulkhead-agent {}", env!("CARGO_PKG_VERSION"));
             Ok(())
         }
-        Command::Serve(config) => {
+        Command::Help => {
+            println!("{USAGE}");
+            Ok(())
+        }
+        Command::Serve(config, report) => {
             let log = log::start(config.log_level, false);
+            report.log();
             run(server::serve(config, Arc::new(boot::Guest::plain()), times, log, || ()))
         }
     }

@@ -17,6 +17,8 @@ pub(crate) struct Process {
     pid: i32,
     pidfd: OwnedFd,
     exit: watch::Sender<Option<i32>>,
+    /// Its output is on the way to where it was asked for.
+    copying: watch::Sender<bool>,
     /// Its standard streams.
     pub(crate) streams: Streams,
 }
@@ -36,8 +38,8 @@ impl Process {
             let _ = sys::pidfd_send_signal(process.pidfd.as_fd(), libc::SIGKILL);
         });
         let streams = streams.during(|| format!("watch the streams of process {pid}"))?;
-        let process =
-            Arc::new(Process { pid, pidfd: process.pidfd, exit: watch::Sender::new(None), streams });
+        let (exit, copying) = (watch::Sender::new(None), watch::Sender::new(false));
+        let process = Arc::new(Process { pid, pidfd: process.pidfd, exit, copying, streams });
         let exiting = Arc::clone(&process);
         let announce = move |code| {
             exiting.exit.send_replace(Some(code));
@@ -58,11 +60,44 @@ impl Process {
         self.exit.subscribe()
     }
 
-    /// Waits for its end. Any number of callers, at any time.
+    /// Waits for its end, and for its output to be where it was asked for. Any number of callers, at any time.
     pub(crate) async fn wait(&self) -> i32 {
+        let code = self.ended().await;
+        self.copied().await;
+        code
+    }
+
+    /// Announces that the output is being copied.
+    pub(crate) fn copy_begins(&self) {
+        self.copying.send_replace(true);
+    }
+
+    /// Announces that the output was copied, or lets whoever copies it give up.
+    pub(crate) fn copy_ends(&self) {
+        self.copying.send_replace(false);
+    }
+
+    /// Waits until no output is being copied.
+    pub(crate) async fn copied(&self) {
+        // The sender lives as long as `self`.
+        let _ = self.copying.subscribe().wait_for(|copying| !copying).await;
+    }
+
+    /// Waits for its end alone.
+    pub(crate) async fn ended(&self) -> i32 {
         let mut exit = self.exit();
         // The sender lives as long as `self`, so there always is a code in the end.
         exit.wait_for(Option::is_some).await.ok().and_then(|code| *code).unwrap_or(255)
+    }
+
+    /// Kills its process group, which it leads.
+    pub(crate) fn kill_group(&self) {
+        if let Some(pid) = rustix::process::Pid::from_raw(self.pid)
+            && self.exit_code().is_none()
+        {
+            // ESRCH: it has ended meanwhile.
+            let _ = rustix::process::kill_process_group(pid, rustix::process::Signal::KILL);
+        }
     }
 
     /// Sends a signal. One that comes too late is no error: what it was meant for has happened.

@@ -59,6 +59,13 @@ impl Reaper {
         }
     }
 
+    /// Acts as if a child had ended.
+    #[cfg(test)]
+    pub(crate) fn pretend(&self, pid: i32, code: i32) {
+        let on_exit = lock(&self.table).reaped(pid, code);
+        on_exit.expect("it was claimed")(code);
+    }
+
     fn reap(&self) {
         // `__WALL` also collects children that were cloned with another exit signal than SIGCHLD.
         let options = WaitOptions::NOHANG | WaitOptions::from_bits_retain(libc::__WALL.cast_unsigned());

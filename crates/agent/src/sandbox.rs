@@ -24,7 +24,7 @@ use tokio::sync::Notify;
 
 use crate::{
     boot::Guest,
-    cmdline::Config,
+    config::Config,
     container::Container,
     device::Devices,
     error::{Error, Result},
@@ -32,6 +32,7 @@ use crate::{
     namespaces::{self, Pod, Shared},
     network,
     oom::OomWatcher,
+    passfd::Passed,
     reaper::Reaper,
     service::user_names,
     shared_mounts,
@@ -54,6 +55,8 @@ pub(crate) struct Sandbox {
     pub(crate) oom: Arc<OomWatcher>,
     /// Finds devices.
     pub(crate) devices: Arc<Devices>,
+    /// Connections that become standard streams.
+    pub(crate) passed: Arc<Passed>,
     storages: Storages,
     state: Mutex<State>,
     /// A slot or the phase has changed.
@@ -102,6 +105,7 @@ impl Sandbox {
             devices,
             config,
             oom: Arc::default(),
+            passed: Arc::default(),
             state: Mutex::default(),
             changed: Notify::new(),
             ended: Notify::new(),

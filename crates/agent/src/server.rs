@@ -4,25 +4,36 @@ use std::{fs, io, os::unix::fs::FileTypeExt, os::unix::fs::PermissionsExt, path:
 
 use bulkhead_protocol::ports;
 use tokio::signal::unix::{SignalKind, signal};
-use tokio_vsock::{VMADDR_CID_ANY, VsockAddr, VsockListener, VsockStream};
+use tokio_vsock::{VMADDR_CID_ANY, VsockAddr, VsockStream};
 use ttrpc::r#async::{Server, transport::Listener};
 
 use crate::{
     boot::{self, Guest, Times},
-    cmdline::Config,
+    config::Config,
+    console,
     dispatch::strict,
     error::{During, Error, Result},
     log::Lines,
     metrics::Metrics,
+    passfd,
+    port::HostPort,
     reaper,
     sandbox::Sandbox,
     service::services,
+    trace::Tracer,
 };
 
 /// Where requests come from.
-#[derive(Debug, PartialEq)]
-enum Address {
-    Vsock { cid: u32, port: u32 },
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) enum Address {
+    /// Some machine's port; any machine's for a listener.
+    Vsock {
+        /// The machine.
+        cid: u32,
+        /// The port.
+        port: u32,
+    },
+    /// A socket in the file system, or with `@` in the abstract namespace.
     Unix(String),
 }
 
@@ -32,15 +43,16 @@ pub(crate) async fn serve(
     config: Config,
     guest: Arc<Guest>,
     times: Times,
-    log: Option<Lines>,
+    log: Option<Arc<Lines>>,
     listening: impl FnOnce(),
 ) -> Result<()> {
     let address = Address::parse(&config.server)?;
-    let log_port = config.log_port;
+    // Before anybody can connect, and then end the agent.
+    let mut terminate = signal(SignalKind::terminate()).during(|| "watch for SIGTERM".into())?;
+    let tracer = Tracer::start(&config)?;
     let sandbox = Sandbox::new(guest, config);
-    let mut server = Server::new()
-        .add_listener(address.listen()?)
-        .register_service(strict(services(Arc::clone(&sandbox), Metrics::new(times.clone()))));
+    let services = services(Arc::clone(&sandbox), Metrics::new(times.clone()), tracer.clone());
+    let mut server = Server::new().add_listener(address.listen()?).register_service(strict(services));
     reaper::adopt_orphans().during(|| "become the reaper of orphans".into())?;
     let children = signal(SignalKind::child()).during(|| "watch for ended children".into())?;
     let reaper = Arc::clone(&sandbox.reaper);
@@ -49,21 +61,33 @@ pub(crate) async fn serve(
     let since = times.listening.get_or_init(boot::uptime);
     listening();
     tracing::info!(%address, started = ?times.started, listening = ?since, "taking requests");
-    if let Some(lines) = log {
-        lines.serve(log_port)?;
-    }
-    let mut terminate = signal(SignalKind::terminate()).during(|| "watch for SIGTERM".into())?;
+    open_ports(&sandbox, log);
     tokio::select! {
         () = sandbox.ended() => {}
         _ = terminate.recv() => sandbox.destroy().await,
     }
     server.shutdown().await.map_err(io::Error::other).during(|| "stop the server".into())?;
+    tracer.flush().await;
     address.flush().await;
     Ok(())
 }
 
+/// Opens what the host asked for besides. A port that cannot be opened must not cost the guest its server.
+fn open_ports(sandbox: &Arc<Sandbox>, log: Option<Arc<Lines>>) {
+    let config = &sandbox.config;
+    let opened = [
+        log.map(|lines| lines.serve(config.log_port)),
+        config.debug_console.then(|| console::open(config.debug_console_port, Arc::clone(&sandbox.reaper))),
+        (config.stream_port != 0).then(|| passfd::serve(config.stream_port, Arc::clone(&sandbox.passed))),
+    ];
+    for failure in opened.into_iter().flatten().filter_map(Result::err) {
+        tracing::error!("{failure}");
+    }
+}
+
 impl Address {
-    fn parse(text: &str) -> Result<Address> {
+    /// Reads an address.
+    pub(crate) fn parse(text: &str) -> Result<Address> {
         let unknown = || {
             Error::Invalid(format!(
                 "cannot listen on {text:?}: use vsock://<cid or -1>:<port> or unix://<path>"
@@ -82,9 +106,9 @@ impl Address {
         let what = || format!("listen on {self}");
         match self {
             Address::Vsock { cid, port } => {
-                let listener = VsockListener::bind(VsockAddr::new(*cid, *port)).during(what)?;
-                Ok(Listener::new(futures_util::stream::unfold(listener, |listener| async {
-                    Some((accept_host(&listener).await, listener))
+                let port = HostPort::listen(*cid, *port).during(what)?;
+                Ok(Listener::new(futures_util::stream::unfold(port, |port| async {
+                    Some((port.accept().await.map(|(connection, _)| connection), port))
                 })))
             }
             Address::Unix(path) => {
@@ -117,17 +141,6 @@ impl std::fmt::Display for Address {
             Address::Vsock { cid, port } => write!(f, "vsock://{cid}:{port}"),
             Address::Unix(path) => write!(f, "unix://{path}"),
         }
-    }
-}
-
-/// Waits for a connection of the host. A container of the guest can reach the port, too, and is turned away.
-async fn accept_host(listener: &VsockListener) -> io::Result<VsockStream> {
-    loop {
-        let (connection, peer) = listener.accept().await?;
-        if peer.cid() == ports::HOST_CID {
-            return Ok(connection);
-        }
-        tracing::warn!(cid = peer.cid(), "refused a connection that is not the host's");
     }
 }
 

@@ -17,7 +17,7 @@ use rustix::{
     termios::{LocalModes, SpecialCodeIndex, Winsize},
 };
 use tokio::{
-    io::{Interest, unix::AsyncFd},
+    io::{AsyncWrite, AsyncWriteExt, Interest, unix::AsyncFd},
     sync::{Mutex, watch},
 };
 
@@ -25,6 +25,9 @@ use crate::sys;
 
 /// A read returns at most this much; with its envelope it must stay below ttrpc's 4 MiB.
 const READ_LIMIT: usize = 1 << 20;
+
+/// A copied output travels in pieces of at most this much.
+const COPY: usize = 64 << 10;
 
 /// An exit code once there is one.
 pub(crate) type Exit = watch::Receiver<Option<i32>>;
@@ -139,6 +142,22 @@ impl Output {
             *slot = None;
         }
         Ok(data)
+    }
+}
+
+impl Output {
+    /// Sends everything to `sink`, to the end. Reads that come meanwhile wait for it, and see the end. When the sink takes
+    /// no more, the process writes into a closed pipe.
+    pub(crate) async fn copy_to(&self, sink: &mut (impl AsyncWrite + Unpin), exit: Exit) -> io::Result<()> {
+        let mut slot = self.source.lock().await;
+        let Some(mut source) = slot.take() else { return Ok(()) };
+        loop {
+            let data = source.read(COPY, exit.clone()).await?;
+            if data.is_empty() {
+                return Ok(());
+            }
+            sink.write_all(&data).await?;
+        }
     }
 }
 

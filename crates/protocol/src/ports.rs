@@ -6,6 +6,10 @@ pub const AGENT: u32 = 1024;
 pub const LOG: u32 = 1025;
 /// vsock port of the debug console, open only when asked for.
 pub const DEBUG_CONSOLE: u32 = 1026;
+/// vsock port of the agent's listener for connections that become standard streams, open only when asked for.
+pub const STREAMS: u32 = 1027;
+/// vsock port of the host that takes the agent's spans.
+pub const TRACE: u32 = 10240;
 /// The host's well-known vsock context id.
 pub const HOST_CID: u32 = 2;
 

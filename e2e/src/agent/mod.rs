@@ -276,6 +276,11 @@ impl Agent {
         self.vm()?.try_dial(port).await
     }
 
+    /// Connects to a vsock port of the guest; also the port of the host that the guest sees.
+    pub async fn dial_from(&self, port: u32) -> anyhow::Result<(UnixStream, u32)> {
+        self.vm()?.try_dial_from(port).await?.with_context(|| format!("nobody listens on port {port}"))
+    }
+
     /// Takes connections that the guest makes to a vsock port of the host.
     pub fn listen(&self, port: u32) -> anyhow::Result<UnixListener> {
         self.vm()?.listen(port)

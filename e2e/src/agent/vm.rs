@@ -142,6 +142,11 @@ impl Vm {
 
     /// Connects to a port of the guest; `None` when nobody listens there.
     pub(super) async fn try_dial(&self, port: u32) -> anyhow::Result<Option<UnixStream>> {
+        Ok(self.try_dial_from(port).await?.map(|(stream, _)| stream))
+    }
+
+    /// As [`Vm::try_dial`]; also tells the port of the host that the guest sees.
+    pub(super) async fn try_dial_from(&self, port: u32) -> anyhow::Result<Option<(UnixStream, u32)>> {
         let Ok(mut stream) = UnixStream::connect(self.directory.join("vsock.sock")).await else {
             return Ok(None);
         };
@@ -155,8 +160,9 @@ impl Vm {
                 Err(_) => return Ok(None),
             }
         }
-        ensure!(answer.starts_with(b"OK "), "unexpected answer {:?}", String::from_utf8_lossy(&answer));
-        Ok(Some(stream))
+        let answer = String::from_utf8_lossy(&answer);
+        let from = answer.strip_prefix("OK ").and_then(|from| from.trim().parse().ok());
+        Ok(Some((stream, from.with_context(|| format!("unexpected answer {answer:?}"))?)))
     }
 
     /// Listens for connections that the guest makes to a port of the host.

@@ -13,18 +13,21 @@ use bulkhead_protocol::{
 use super::Service;
 use crate::{
     error::{Error, Result},
-    network, stats,
+    network, passfd, stats,
     sync::{blocking, to_the_end},
 };
 
 /// Makes a container; its init waits before its command.
 pub(super) async fn create(service: &Service, request: CreateContainerRequest) -> Result<Empty> {
     check_id(&request.container_id)?;
-    if request.stdin_port != 0 || request.stdout_port != 0 || request.stderr_port != 0 {
-        return Err(Error::Unsupported("standard streams over vsock ports".into()));
-    }
     let sandbox = Arc::clone(&service.sandbox);
-    to_the_end(async move { sandbox.create_container(request).await }).await?;
+    let streams = sandbox.passed.take([request.stdin_port, request.stdout_port, request.stderr_port]).await?;
+    let id = request.container_id.clone();
+    to_the_end(async move {
+        sandbox.create_container(request).await?;
+        passfd::attach(streams, &sandbox.container(&id)?, &id).await
+    })
+    .await?;
     Ok(Empty::new())
 }
 

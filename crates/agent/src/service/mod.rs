@@ -44,7 +44,11 @@ pub(crate) struct Service {
 }
 
 /// Everything the agent's server offers.
-pub(crate) fn services(sandbox: Arc<Sandbox>, metrics: Metrics) -> HashMap<String, ttrpc::r#async::Service> {
+pub(crate) fn services(
+    sandbox: Arc<Sandbox>,
+    metrics: Metrics,
+    tracer: Tracer,
+) -> HashMap<String, ttrpc::r#async::Service> {
     let mut services = create_agent_service(Arc::new(Service {
         sandbox,
         metrics,
@@ -52,7 +56,7 @@ pub(crate) fn services(sandbox: Arc<Sandbox>, metrics: Metrics) -> HashMap<Strin
         sweep: Sweep::default(),
         network: Arc::default(),
         policy: Policy::default(),
-        tracer: Tracer::default(),
+        tracer,
     }));
     services.extend(create_health(Arc::new(health::Health)));
     services
@@ -136,7 +140,7 @@ mod tests {
     use super::*;
     use crate::{
         boot::{Guest, Times},
-        cmdline::Config,
+        config::Config,
     };
 
     const UNBUILT: [&str; 3] = ["MemAgentCompactSet", "MemAgentMemcgSet", "SetPolicy"];
@@ -155,7 +159,7 @@ mod tests {
     async fn what_is_not_built_says_so_and_nothing_else_does() {
         let times = Times { started: Duration::ZERO, listening: Arc::new(OnceLock::new()) };
         let sandbox = Sandbox::new(Arc::new(Guest::plain()), Config::default());
-        let services = services(sandbox, Metrics::new(times));
+        let services = services(sandbox, Metrics::new(times), Tracer::default());
         let mut unbuilt = Vec::new();
         for (name, method) in &services["grpc.AgentService"].methods {
             let answer = method.handler(context(), ttrpc::Request::default());

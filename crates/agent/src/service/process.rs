@@ -16,22 +16,26 @@ use super::Service;
 use crate::{
     container::Found,
     error::{During, Error, Result},
+    passfd,
     process::Process,
     sync::to_the_end,
 };
 
 /// Runs a further process; answers once its command is being executed.
 pub(super) async fn exec(service: &Service, request: ExecProcessRequest) -> Result<Empty> {
-    if request.stdin_port != 0 || request.stdout_port != 0 || request.stderr_port != 0 {
-        return Err(Error::Unsupported("standard streams over vsock ports".into()));
-    }
     let container = service.sandbox.container(&request.container_id)?;
+    let ports = [request.stdin_port, request.stdout_port, request.stderr_port];
+    let streams = service.sandbox.passed.take(ports).await?;
     let mut process =
         request.process.into_option().ok_or_else(|| Error::Invalid("the request has no process".into()))?;
     service.sandbox.devices.rewrite(container.id(), &mut process.Env);
     let (reaper, pipe_size) = (Arc::clone(&service.sandbox.reaper), service.sandbox.config.pipe_size);
     let (exec_id, user) = (request.exec_id, user_names(request.string_user.into_option()));
-    to_the_end(async move { container.exec(&exec_id, process, user, pipe_size, &reaper).await }).await?;
+    to_the_end(async move {
+        container.exec(&exec_id, process, user, pipe_size, &reaper).await?;
+        passfd::attach(streams, &container, &exec_id).await
+    })
+    .await?;
     Ok(Empty::new())
 }
 

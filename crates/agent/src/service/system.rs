@@ -56,7 +56,9 @@ fn memory_block_size() -> Result<u64> {
 
 /// The agent's figures.
 pub(super) async fn metrics(service: &Service, _: GetMetricsRequest) -> Result<Metrics> {
-    Ok(Metrics { metrics: service.metrics.text(), ..Default::default() })
+    let metrics = service.metrics.clone();
+    let metrics = blocking(move || Ok(metrics.text())).await?;
+    Ok(Metrics { metrics, ..Default::default() })
 }
 
 /// Mixes randomness of the host into the guest's.

@@ -54,13 +54,21 @@ pub(crate) fn context() -> Context {
 impl Agent {
     /// Starts an agent. It dies with this test.
     pub(crate) async fn start() -> Agent {
+        Agent::start_with("").await
+    }
+
+    /// Starts an agent with a configuration file.
+    pub(crate) async fn start_with(settings: &str) -> Agent {
         let directory = tempfile::tempdir().unwrap();
         make_rootfs(&directory.path().join("rootfs"));
         let address = format!("unix://{}", directory.path().join("agent.sock").display());
-        let script = "mount -t tmpfs tmpfs /run && mkdir /run/kata-containers && exec \"$0\" --server \"$1\"";
+        let file = directory.path().join("agent.toml");
+        std::fs::write(&file, settings).unwrap();
+        let script = "mount -t tmpfs tmpfs /run && mkdir /run/kata-containers && exec \"$0\" --server \"$1\" -c \"$2\"";
         let process = Command::new("setpriv")
             .args(["--pdeathsig", "KILL", "unshare", "-m", "--propagation", "private", "sh", "-c", script])
             .args([&program(), &address])
+            .arg(file)
             .spawn()
             .unwrap();
         let connection = connect(&address).await;
