@@ -127,7 +127,7 @@ mod tests {
         cmdline::Config,
     };
 
-    const UNBUILT: [&str; 20] = [
+    const UNBUILT: [&str; 19] = [
         "AddARPNeighbors",
         "AddSwap",
         "AddSwapPath",
@@ -144,7 +144,6 @@ mod tests {
         "RemoveStaleVirtiofsShareMounts",
         "ResizeVolume",
         "SetIPTables",
-        "SetPolicy",
         "UpdateEphemeralMounts",
         "UpdateInterface",
         "UpdateRoutes",
