@@ -12,6 +12,8 @@ mod cmdline;
 mod container;
 mod device;
 mod error;
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
 mod log;
 mod metrics;
 mod modules;

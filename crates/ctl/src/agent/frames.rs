@@ -62,6 +62,15 @@ impl Frames {
     }
 }
 
+/// However bytes are cut, the same frames come out of them.
+#[cfg(any(test, fuzzing))]
+pub(crate) fn fuzz(data: &[u8]) {
+    let whole = Frames::default().take(data);
+    let mut frames = Frames::default();
+    let cut: Vec<Frame> = data.chunks(7).flat_map(|chunk| frames.take(chunk)).collect();
+    assert_eq!(whole, cut);
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -81,6 +90,13 @@ mod tests {
             let seen: Vec<_> =
                 seen.iter().map(|frame| (frame.header.stream_id, frame.payload.as_deref())).collect();
             assert_eq!(seen, [(1, Some(&b"hello"[..])), (3, Some(b"")), (5, None), (7, Some(b"x"))], "{cut}");
+        }
+    }
+
+    #[test]
+    fn the_corpus_breaks_nothing() {
+        for file in std::fs::read_dir("../../fuzz/corpus/recorded_frames").unwrap() {
+            fuzz(&std::fs::read(file.unwrap().path()).unwrap());
         }
     }
 }

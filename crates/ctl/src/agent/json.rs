@@ -23,16 +23,17 @@ const SPEC: &str = "grpc.Spec";
 /// Reads a message from text; `null` and nothing are the empty message.
 pub(crate) fn read(message: &MessageDescriptor, text: &str) -> Result<Box<dyn MessageDyn>> {
     let text = if text.trim().is_empty() { "null" } else { text };
-    let value: Value = serde_json::from_str(text).context("the request is not JSON")?;
+    let mut value: Value = serde_json::from_str(text).context("the request is not JSON")?;
+    insert_files(message, &mut value)?;
     of_value(message, value)
 }
 
 /// Makes a message of a JSON value.
-pub(crate) fn of_value(message: &MessageDescriptor, mut value: Value) -> Result<Box<dyn MessageDyn>> {
+pub(crate) fn of_value(message: &MessageDescriptor, value: Value) -> Result<Box<dyn MessageDyn>> {
     if value.is_null() {
         return Ok(message.new_instance());
     }
-    check_message(message, &mut value, "")?;
+    check_message(message, &value, "")?;
     parse_dyn_from_str(message, &value.to_string())
         .with_context(|| format!("the JSON is no {}", message.name()))
 }
@@ -45,8 +46,8 @@ pub(crate) fn show(message: &dyn MessageDyn, defaults: bool) -> Result<Value> {
     serde_json::from_str(&text).context("the message has no JSON form")
 }
 
-/// Checks the names, and replaces references to files.
-fn check_message(message: &MessageDescriptor, value: &mut Value, path: &str) -> Result<()> {
+/// Checks the names.
+fn check_message(message: &MessageDescriptor, value: &Value, path: &str) -> Result<()> {
     let Value::Object(fields) = value else {
         ensure!(!path.is_empty(), "a {} is a JSON object", message.name());
         // A value of the wrong kind is the parser's to refuse.
@@ -56,11 +57,8 @@ fn check_message(message: &MessageDescriptor, value: &mut Value, path: &str) -> 
         let path = if path.is_empty() { name.clone() } else { format!("{path}.{name}") };
         let Some(field) = message.field_by_name_or_json_name(name) else {
             let fields: Vec<_> = message.fields().collect();
-            let names = fields.iter().map(|field| field.name());
-            match nearest(name, names) {
-                Some(nearest) => {
-                    bail!("{} has no field {path}; the nearest is {nearest}", message.name())
-                }
+            match nearest(name, fields.iter().map(|field| field.name())) {
+                Some(nearest) => bail!("{} has no field {path}; the nearest is {nearest}", message.name()),
                 None => bail!("{} has no fields, so {path} is none", message.name()),
             }
         };
@@ -69,27 +67,37 @@ fn check_message(message: &MessageDescriptor, value: &mut Value, path: &str) -> 
     Ok(())
 }
 
-fn check_field(kind: &RuntimeFieldType, value: &mut Value, path: &str) -> Result<()> {
+fn check_field(kind: &RuntimeFieldType, value: &Value, path: &str) -> Result<()> {
     match (kind, value) {
         (RuntimeFieldType::Singular(RuntimeType::Message(message)), value) => {
-            if let Value::String(text) = value
-                && let Some(file) = text.strip_prefix('@')
-                && message.full_name() == SPEC
-            {
-                *value = configuration(file)?;
-            }
             check_message(message, value, path)
         }
         (RuntimeFieldType::Repeated(RuntimeType::Message(message)), Value::Array(values)) => {
-            let mut values = values.iter_mut().enumerate();
+            let mut values = values.iter().enumerate();
             values.try_for_each(|(i, value)| check_message(message, value, &format!("{path}[{i}]")))
         }
         (RuntimeFieldType::Map(_, RuntimeType::Message(message)), Value::Object(values)) => {
-            let mut values = values.iter_mut();
+            let mut values = values.iter();
             values.try_for_each(|(key, value)| check_message(message, value, &format!("{path}[{key:?}]")))
         }
         _ => Ok(()),
     }
+}
+
+/// Puts configurations in the places of their files' names. Only what the user wrote names files; a recording does not.
+fn insert_files(message: &MessageDescriptor, value: &mut Value) -> Result<()> {
+    let Value::Object(fields) = value else { return Ok(()) };
+    for (name, value) in fields {
+        let Some(field) = message.field_by_name_or_json_name(name) else { continue };
+        if let RuntimeFieldType::Singular(RuntimeType::Message(message)) = field.runtime_field_type()
+            && message.full_name() == SPEC
+            && let Value::String(text) = value
+            && let Some(file) = text.strip_prefix('@')
+        {
+            *value = configuration(file)?;
+        }
+    }
+    Ok(())
 }
 
 /// An OCI runtime configuration in the form in which it travels.

@@ -174,6 +174,21 @@ pub(crate) fn parse(text: &[u8]) -> Result<(Vec<Entry>, bool)> {
     Ok((entries, complete < text.len()))
 }
 
+/// Any file is read or refused, and so are the messages in it.
+#[cfg(any(test, fuzzing))]
+pub(crate) fn fuzz(data: &[u8]) {
+    let Ok((entries, _)) = parse(data) else { return };
+    let methods = super::api::methods();
+    for entry in entries {
+        let found = method(&methods, &entry.method);
+        let _ = (entry.end_us(), entry.is_unanswered());
+        let _ = bytes(found.map(|method| &method.input), &entry.request);
+        if let Some(reply) = &entry.reply {
+            let _ = bytes(found.map(|method| &method.output), reply);
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use bulkhead_protocol::{
@@ -222,6 +237,13 @@ mod tests {
         let heading = b"{\"bulkhead_agent_trace\":1,\"agent\":\"\"}\n".to_vec();
         for line in [&b"x\n"[..], b"{\"start_us\": -1}\n", b"\xff\n", b"[]\n"] {
             assert!(parse(&[heading.as_slice(), line].concat()).is_err());
+        }
+    }
+
+    #[test]
+    fn the_corpus_breaks_nothing() {
+        for file in std::fs::read_dir("../../fuzz/corpus/recording").unwrap() {
+            fuzz(&std::fs::read(file.unwrap().path()).unwrap());
         }
     }
 }
