@@ -1,9 +1,12 @@
 //! The end-to-end test framework: real VMs, a real containerd, and a census of what is left behind.
 //!
+//! `agent` drives a guest agent alone, without the rest of the product.
+//!
 //! A test file under `tests/` has a `main` that hands its cases to [`run`]; a case is a function of a [`Scratch`], takes
 //! about six lines, and fails by returning an error. Before and after each case the machine is counted ([`Census`]): a
 //! case that leaves a process, mount, socket, network namespace, link, cgroup or state directory behind fails.
 
+pub mod agent;
 mod census;
 mod cli;
 mod containerd;

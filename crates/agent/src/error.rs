@@ -78,8 +78,19 @@ impl Error {
 
 impl From<Error> for ttrpc::Error {
     fn from(error: Error) -> Self {
-        error.kind().status(error.to_string())
+        error.kind().status(cut(error.to_string()))
     }
+}
+
+/// The longest text of an error, in bytes. A request's own words are in it, and those may have megabytes.
+const LONGEST: usize = 4 << 10;
+
+fn cut(mut text: String) -> String {
+    if text.len() > LONGEST {
+        text.truncate(text.floor_char_boundary(LONGEST));
+        text.push('…');
+    }
+    text
 }
 
 /// Says what a system call was for when it fails.
@@ -110,6 +121,13 @@ mod tests {
 
         let error = Error::from(bulkhead_executor::Error::CommandNotExecutable("x".into()));
         assert_eq!(error.kind(), Kind::PermissionDenied);
+    }
+
+    #[test]
+    fn a_text_is_cut_between_characters() {
+        assert_eq!(cut("short".into()), "short");
+        let text = cut("x".to_owned() + &"ü".repeat(LONGEST));
+        assert!(text.ends_with("ü…") && text.len() <= LONGEST + 3, "{}", text.len());
     }
 
     #[test]

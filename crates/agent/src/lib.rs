@@ -11,6 +11,7 @@ mod boot;
 mod cmdline;
 mod container;
 mod device;
+mod dispatch;
 mod error;
 #[cfg(any(test, fuzzing))]
 pub mod fuzz;

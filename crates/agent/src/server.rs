@@ -10,6 +10,7 @@ use ttrpc::r#async::{Server, transport::Listener};
 use crate::{
     boot::{self, Guest, Times},
     cmdline::Config,
+    dispatch::strict,
     error::{During, Error, Result},
     log::Lines,
     metrics::Metrics,
@@ -39,7 +40,7 @@ pub(crate) async fn serve(
     let sandbox = Sandbox::new(guest, config);
     let mut server = Server::new()
         .add_listener(address.listen()?)
-        .register_service(services(Arc::clone(&sandbox), Metrics::new(times.clone())));
+        .register_service(strict(services(Arc::clone(&sandbox), Metrics::new(times.clone()))));
     reaper::adopt_orphans().during(|| "become the reaper of orphans".into())?;
     let children = signal(SignalKind::child()).during(|| "watch for ended children".into())?;
     let reaper = Arc::clone(&sandbox.reaper);

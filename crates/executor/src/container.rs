@@ -336,9 +336,10 @@ impl Container {
         self.cgroup.as_ref().map_or_else(|| Ok(Stats::default()), Cgroup::stats)
     }
 
-    /// The path of `memory.events` in the container's cgroup, for an OOM watcher; `None` without a cgroup.
+    /// The path of `memory.events` in the container's cgroup, for an OOM watcher; `None` without a cgroup, or where the
+    /// kernel does not count memory.
     pub fn memory_events(&self) -> Option<PathBuf> {
-        self.cgroup.as_ref().map(|cgroup| cgroup.file("memory.events"))
+        self.cgroup.as_ref().map(|cgroup| cgroup.file("memory.events")).filter(|file| file.exists())
     }
 
     /// Kills what is left, removes the cgroup. Idempotent.
