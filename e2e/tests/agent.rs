@@ -7,6 +7,8 @@ mod containment;
 mod faults;
 #[path = "agent/load.rs"]
 mod load;
+#[path = "agent/policy.rs"]
+mod policy;
 #[path = "agent/rpc.rs"]
 mod rpc;
 
@@ -20,6 +22,7 @@ const FAMILIES: &[&[Case]] = &[
     containment::CASES,
     faults::CASES,
     load::CASES,
+    policy::CASES,
     rpc::CASES,
 ];
 

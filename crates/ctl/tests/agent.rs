@@ -272,5 +272,6 @@ fn a_killed_recorder_leaves_complete_lines() {
     recorder.wait().unwrap();
     let trace = fs::read_to_string(place.path("trace")).unwrap();
     assert!(trace.ends_with('\n'));
-    assert_eq!(trace.lines().map(|line| serde_json::from_str::<Value>(line).unwrap()).count(), 1 + 3);
+    let lines: Vec<Value> = trace.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    assert_eq!(lines.len(), 1 + 3);
 }

@@ -119,8 +119,8 @@ async fn connect(
         Mutex::new(Transcript { recording: Arc::clone(recording), number, open: HashMap::new() });
     let (client_reader, client_writer) = client.into_split();
     let (agent_reader, agent_writer) = tokio::io::split(agent);
-    let to_agent = pump(client_reader, agent_writer, |frame, at| lock(&transcript).from_client(frame, at));
-    let to_client = pump(agent_reader, client_writer, |frame, at| lock(&transcript).from_agent(frame, at));
+    let to_agent = pump(client_reader, agent_writer, |frame, at| lock(&transcript).sent(frame, at));
+    let to_client = pump(agent_reader, client_writer, |frame, at| lock(&transcript).answered(frame, at));
     tokio::try_join!(to_agent, to_client).map(drop)
 }
 
@@ -173,7 +173,7 @@ struct Transcript {
 }
 
 impl Transcript {
-    fn from_client(&mut self, frame: Frame, at: Instant) -> Result<()> {
+    fn sent(&mut self, frame: Frame, at: Instant) -> Result<()> {
         match frame.header.type_ {
             MESSAGE_TYPE_REQUEST => {
                 let entry = self.request(&frame, at);
@@ -190,7 +190,7 @@ impl Transcript {
         }
     }
 
-    fn from_agent(&mut self, frame: Frame, at: Instant) -> Result<()> {
+    fn answered(&mut self, frame: Frame, at: Instant) -> Result<()> {
         let stream = frame.header.stream_id;
         let closes = frame.header.flags & FLAG_REMOTE_CLOSED != 0;
         match frame.header.type_ {
