@@ -1,4 +1,7 @@
-//! Generates the messages, the ttrpc servers and clients from `protos/`.
+//! Generates the messages, the ttrpc servers and clients, and the table of the requests' fields from `protos/`.
+
+#[path = "build/layout.rs"]
+mod layout;
 
 use std::{env, fs, path::PathBuf};
 
@@ -6,6 +9,7 @@ const PROTOS: [&str; 6] = ["types", "oci", "csi", "agent", "health", "confidenti
 
 fn main() {
     println!("cargo:rerun-if-changed=protos");
+    println!("cargo:rerun-if-changed=build");
     let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets OUT_DIR"));
     ttrpc_codegen::Codegen::new()
         .out_dir(&out)
@@ -29,4 +33,5 @@ fn main() {
             fs::write(&path, kept).expect("OUT_DIR can be written");
         }
     }
+    fs::write(out.join("layout_table.rs"), layout::table("protos", "agent")).expect("OUT_DIR can be written");
 }

@@ -17,6 +17,8 @@ mod load;
 mod memory;
 #[path = "agent/network.rs"]
 mod network;
+#[path = "agent/policy.rs"]
+mod policy;
 #[path = "agent/ports.rs"]
 mod ports;
 #[path = "agent/rpc.rs"]
@@ -39,6 +41,7 @@ const FAMILIES: &[&[Case]] = &[
     load::CASES,
     network::CASES,
     ports::CASES,
+    policy::CASES,
     rpc::CASES,
     storage::CASES,
     containers::CASES,

@@ -4,6 +4,7 @@ mod bench;
 mod build;
 mod demo;
 mod foreground;
+mod fuzz;
 mod leftovers;
 mod process;
 mod processes;
@@ -37,6 +38,8 @@ enum Task {
     Demo(build::Prepare),
     /// Check everything: setup, build, formatting, lints, unit tests, end-to-end tests
     Test(test::Arguments),
+    /// Look for bytes that break a decoder (needs a nightly toolchain)
+    Fuzz(fuzz::Arguments),
     /// Measure what SPECIFICATION.md promises
     Bench(bench::Arguments),
 }
@@ -57,6 +60,7 @@ fn run(task: Task) -> anyhow::Result<()> {
         Task::Setup => setup::run(&workspace),
         Task::Build(arguments) => build::run(&workspace, &arguments),
         Task::Demo(prepare) => demo::run(&workspace, &prepare),
+        Task::Fuzz(arguments) => fuzz::run(&workspace, &arguments),
         Task::Bench(arguments) => bench::run(&workspace, &arguments),
         Task::Test(arguments) => test::run(&workspace, &arguments),
     }

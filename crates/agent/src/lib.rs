@@ -16,6 +16,8 @@ mod device;
 mod diagnostics;
 mod dispatch;
 mod error;
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
 mod hooks;
 mod hotplug;
 mod json;

@@ -16,6 +16,7 @@ use crate::{
     log::Lines,
     metrics::Metrics,
     passfd,
+    policy::Policy,
     port::HostPort,
     reaper,
     sandbox::Sandbox,
@@ -50,8 +51,9 @@ pub(crate) async fn serve(
     // Before anybody can connect, and then end the agent.
     let mut terminate = signal(SignalKind::terminate()).during(|| "watch for SIGTERM".into())?;
     let tracer = Tracer::start(&config)?;
+    let policy = first_policy(&config.policy_file, guest.init)?;
     let sandbox = Sandbox::new(guest, config);
-    let services = services(Arc::clone(&sandbox), Metrics::new(times.clone()), tracer.clone());
+    let services = services(Arc::clone(&sandbox), Metrics::new(times.clone()), tracer.clone(), policy);
     let mut server = Server::new().add_listener(address.listen()?).register_service(strict(services));
     reaper::adopt_orphans().during(|| "become the reaper of orphans".into())?;
     let children = signal(SignalKind::child()).during(|| "watch for ended children".into())?;
@@ -70,6 +72,11 @@ pub(crate) async fn serve(
     tracer.flush().await;
     address.flush().await;
     Ok(())
+}
+
+/// The policy that is in force from the start. The default file is that of a guest's image; elsewhere it is somebody else's.
+fn first_policy(file: &Path, init: bool) -> Result<Policy> {
+    if init || !file.as_os_str().is_empty() { Policy::load(file) } else { Ok(Policy::default()) }
 }
 
 /// Opens what the host asked for besides. A port that cannot be opened must not cost the guest its server.

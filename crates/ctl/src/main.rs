@@ -5,6 +5,7 @@
 //! | `run.rs`, `session.rs`, `conversation.rs` | a run: arguments, its life, the user and the process |
 //! | `exec.rs`, `ps.rs`, `kill.rs`, `rm.rs` | what other invocations do to a run (`running.rs` finds it) |
 //! | `check.rs`, `acceleration.rs`, `version.rs` | the host, and this program |
+//! | `agent/` | the agent of a guest, called directly |
 //! | `archive/` | image archives |
 //! | `spec.rs`, `user.rs`, `volume.rs`, `limits.rs`, `name.rs` | from texts to an OCI configuration |
 //! | `rundir.rs`, `tree.rs`, `inroot.rs` | directories: of a run, to remove, to resolve beneath |
@@ -13,6 +14,7 @@
 //! | `failure.rs`, `timing.rs` | the last lines |
 
 mod acceleration;
+mod agent;
 mod archive;
 mod check;
 mod conversation;
@@ -63,6 +65,7 @@ enum Command {
     Ps(ps::Ps),
     Kill(kill::Kill),
     Rm(rm::Rm),
+    Agent(agent::Agent),
     Check(check::Check),
     Version(version::Version),
 }
@@ -83,6 +86,7 @@ fn main() -> ExitCode {
         Command::Ps(args) => (ps::run(&args), |_| 1),
         Command::Kill(args) => (kill::run(&args), |_| 1),
         Command::Rm(args) => (rm::run(&args), |_| 1),
+        Command::Agent(args) => (agent::run(args), |_| 1),
         Command::Check(args) => (check::run(&args), |_| 1),
         Command::Version(args) => (Ok(version::run(&args)), |_| 1),
     };

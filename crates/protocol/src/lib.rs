@@ -7,6 +7,8 @@
 pub mod ports;
 pub mod status;
 
+#[cfg(feature = "layout")]
+pub mod layout;
 #[cfg(feature = "oci")]
 pub mod oci_json;
 

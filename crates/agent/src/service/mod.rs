@@ -48,6 +48,7 @@ pub(crate) fn services(
     sandbox: Arc<Sandbox>,
     metrics: Metrics,
     tracer: Tracer,
+    policy: Policy,
 ) -> HashMap<String, ttrpc::r#async::Service> {
     let mut services = create_agent_service(Arc::new(Service {
         sandbox,
@@ -55,7 +56,7 @@ pub(crate) fn services(
         copies: Arc::new(Copies::below(GUEST_SHARE)),
         sweep: Sweep::default(),
         network: Arc::default(),
-        policy: Policy::default(),
+        policy,
         tracer,
     }));
     services.extend(create_health(Arc::new(health::Health)));
@@ -143,7 +144,7 @@ mod tests {
         config::Config,
     };
 
-    const UNBUILT: [&str; 3] = ["MemAgentCompactSet", "MemAgentMemcgSet", "SetPolicy"];
+    const UNBUILT: [&str; 2] = ["MemAgentCompactSet", "MemAgentMemcgSet"];
 
     fn context() -> TtrpcContext {
         TtrpcContext {
@@ -159,7 +160,7 @@ mod tests {
     async fn what_is_not_built_says_so_and_nothing_else_does() {
         let times = Times { started: Duration::ZERO, listening: Arc::new(OnceLock::new()) };
         let sandbox = Sandbox::new(Arc::new(Guest::plain()), Config::default());
-        let services = services(sandbox, Metrics::new(times), Tracer::default());
+        let services = services(sandbox, Metrics::new(times), Tracer::default(), Policy::default());
         let mut unbuilt = Vec::new();
         for (name, method) in &services["grpc.AgentService"].methods {
             let answer = method.handler(context(), ttrpc::Request::default());

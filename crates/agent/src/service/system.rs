@@ -30,7 +30,7 @@ pub(super) async fn details(service: &Service, request: GuestDetailsRequest) -> 
         device_handlers: device::types(),
         storage_handlers: storage::drivers(),
         supports_seccomp: true,
-        extra_features: vec!["seccomp".into()],
+        extra_features: vec!["agent-policy".into(), "seccomp".into()],
         ..Default::default()
     };
     let mut response = GuestDetailsResponse { agent_details: Some(details).into(), ..Default::default() };
