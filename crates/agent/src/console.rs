@@ -32,7 +32,7 @@ const ENVIRONMENT: [(&str, &str); 3] =
 /// Opens the console: a shell for every connection of the host to a vsock port, or with port 0 one on the serial console.
 pub(crate) fn open(port: u32, reaper: Arc<Reaper>) -> Result<()> {
     if port == 0 {
-        tokio::spawn(async move {
+        crate::sync::spawn(async move {
             match blocking(move || serial(&reaper)).await {
                 Ok(shell) => drop(shell.ended().await),
                 Err(error) => tracing::error!("debug console on {SERIAL}: {error}"),
@@ -42,7 +42,7 @@ pub(crate) fn open(port: u32, reaper: Arc<Reaper>) -> Result<()> {
     }
     port::serve(port, "the debug console", move |connection, _| {
         let reaper = Arc::clone(&reaper);
-        tokio::spawn(async move {
+        crate::sync::spawn(async move {
             if let Err(error) = session(connection, &SHELLS, reaper).await {
                 tracing::warn!("debug console: {error}");
             }

@@ -97,7 +97,7 @@ impl Container {
         let executor = Arc::new(executor);
         let exiting = Arc::clone(&executor);
         // The last descriptor of its mount namespace may go with it, and so the mounts, which can hang.
-        let on_exit = move |_| drop(tokio::task::spawn_blocking(move || exiting.exited()));
+        let on_exit = move |_| drop(crate::sync::spawn_blocking(move || exiting.exited()));
         match Process::adopt(process, pipe_size, &spawning, Box::new(on_exit)) {
             Ok(init) => Ok(Arc::new(Container {
                 id,

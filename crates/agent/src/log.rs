@@ -75,7 +75,7 @@ impl Lines {
     pub(crate) fn serve(self: Arc<Self>, port: u32) -> Result<()> {
         port::serve(port, "readers of the log", move |connection, _| {
             let lines = Arc::clone(&self);
-            tokio::spawn(async move { lines.send(connection).await });
+            crate::sync::spawn(async move { lines.send(connection).await });
         })
     }
 

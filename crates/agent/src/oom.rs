@@ -66,7 +66,7 @@ impl OomWatcher {
             None => {
                 let fd = inotify::init(CreateFlags::CLOEXEC | CreateFlags::NONBLOCK).during(what)?;
                 let inotify = Arc::new(sys::watch(fd, Interest::READABLE).during(what)?);
-                tokio::spawn(Arc::clone(self).run(Arc::clone(&inotify)));
+                crate::sync::spawn(Arc::clone(self).run(Arc::clone(&inotify)));
                 state.inotify.insert(inotify).clone()
             }
         };

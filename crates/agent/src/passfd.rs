@@ -146,7 +146,7 @@ impl Streams {
         process.copy_begins();
         let copied = Arc::clone(process);
         let (stdout, stderr) = (self.stdout, self.stderr);
-        tokio::spawn(async move {
+        crate::sync::spawn(async move {
             let outputs = async {
                 tokio::join!(
                     send(&copied.streams.stdout, stdout, &copied),
@@ -162,7 +162,7 @@ impl Streams {
             copied.copy_ends();
         });
         let process = Arc::clone(process);
-        tokio::spawn(async move {
+        crate::sync::spawn(async move {
             if let Some(stdin) = self.stdin {
                 receive(stdin, &process).await;
             }

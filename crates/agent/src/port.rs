@@ -40,7 +40,7 @@ pub(crate) fn serve(
 ) -> Result<()> {
     let port = HostPort::listen(VMADDR_CID_ANY, port)
         .during(|| format!("listen on vsock port {port} for {what}"))?;
-    tokio::spawn(async move {
+    crate::sync::spawn(async move {
         loop {
             match port.accept().await {
                 Ok((connection, peer)) => taken(connection, peer),

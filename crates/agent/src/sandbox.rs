@@ -383,7 +383,7 @@ impl Sandbox {
             .into_iter()
             .map(|id| {
                 let sandbox = Arc::clone(self);
-                tokio::spawn(async move {
+                crate::sync::spawn(async move {
                     match tokio::time::timeout(FAREWELL, sandbox.remove_container(&id)).await {
                         Ok(Ok(())) => {}
                         Ok(Err(error)) => {

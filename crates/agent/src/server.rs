@@ -51,14 +51,16 @@ pub(crate) async fn serve(
     // Before anybody can connect, and then end the agent.
     let mut terminate = signal(SignalKind::terminate()).during(|| "watch for SIGTERM".into())?;
     let tracer = Tracer::start(&config)?;
-    let policy = first_policy(&config.policy_file, guest.init)?;
+    let policy = Arc::new(first_policy(&config.policy_file, guest.init)?);
     let sandbox = Sandbox::new(guest, config);
-    let services = services(Arc::clone(&sandbox), Metrics::new(times.clone()), tracer.clone(), policy);
-    let mut server = Server::new().add_listener(address.listen()?).register_service(strict(services));
+    let services =
+        services(Arc::clone(&sandbox), Metrics::new(times.clone()), tracer.clone(), Arc::clone(&policy));
+    let mut server =
+        Server::new().add_listener(address.listen()?).register_service(strict(services, &policy));
     reaper::adopt_orphans().during(|| "become the reaper of orphans".into())?;
     let children = signal(SignalKind::child()).during(|| "watch for ended children".into())?;
     let reaper = Arc::clone(&sandbox.reaper);
-    tokio::spawn(async move { reaper.run(children).await });
+    crate::sync::spawn(async move { reaper.run(children).await });
     server.start().await.map_err(io::Error::other).during(|| format!("serve {address}"))?;
     let since = times.listening.get_or_init(boot::uptime);
     listening();

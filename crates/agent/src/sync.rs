@@ -3,10 +3,14 @@
 use std::{
     future::Future,
     io,
+    pin::Pin,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-use tokio::sync::Semaphore;
+use tokio::{
+    sync::{Semaphore, oneshot},
+    task::JoinHandle,
+};
 
 use crate::error::{Error, Result};
 
@@ -16,6 +20,23 @@ pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// Starts a task. It is boxed here, as is the work of [`spawn_blocking`]: a runtime's code for a task is made once for each
+/// type of future, and with some hundred types that was an eighth of the program.
+pub(crate) fn spawn(work: impl Future<Output = ()> + Send + 'static) -> JoinHandle<()> {
+    fn start(work: Pin<Box<dyn Future<Output = ()> + Send>>) -> JoinHandle<()> {
+        tokio::spawn(work)
+    }
+    start(Box::pin(work))
+}
+
+/// Starts work that blocks, off the runtime's thread.
+pub(crate) fn spawn_blocking(work: impl FnOnce() + Send + 'static) -> JoinHandle<()> {
+    fn start(work: Box<dyn FnOnce() + Send>) -> JoinHandle<()> {
+        tokio::task::spawn_blocking(work)
+    }
+    start(Box::new(work))
+}
+
 /// Runs work that changes the agent's state to its end, even when the client hangs up or its deadline passes: ttrpc drops
 /// the handler then, and a half-made container would be left to nobody.
 pub(crate) async fn to_the_end<T, F>(work: F) -> Result<T>
@@ -23,7 +44,10 @@ where
     T: Send + 'static,
     F: Future<Output = Result<T>> + Send + 'static,
 {
-    tokio::spawn(work).await.unwrap_or_else(|error| Err(lost(error)))
+    let (sender, result) = oneshot::channel();
+    // Whoever gave up has no use for the result.
+    spawn(async move { drop(sender.send(work.await)) });
+    result.await.unwrap_or_else(|_| Err(lost()))
 }
 
 /// Runs work that blocks, off the runtime's thread.
@@ -32,7 +56,9 @@ where
     T: Send + 'static,
     F: FnOnce() -> Result<T> + Send + 'static,
 {
-    tokio::task::spawn_blocking(work).await.unwrap_or_else(|error| Err(lost(error)))
+    let (sender, result) = oneshot::channel();
+    spawn_blocking(move || drop(sender.send(work())));
+    result.await.unwrap_or_else(|_| Err(lost()))
 }
 
 /// Bounds how much work of one owner blocks at a time, so that what hangs with one leaves the threads to others.
@@ -62,8 +88,8 @@ impl Lane {
     }
 }
 
-fn lost(error: tokio::task::JoinError) -> Error {
-    Error::Io { what: "run a task of the agent".into(), source: io::Error::other(error) }
+fn lost() -> Error {
+    Error::Io { what: "run a task of the agent".into(), source: io::Error::other("it was lost") }
 }
 
 #[cfg(test)]

@@ -20,7 +20,7 @@ use rustix::{
 
 use crate::{
     error::{During, Error, Result},
-    sync::lock,
+    sync::{blocking, lock},
     sys, tree,
 };
 
@@ -202,15 +202,14 @@ impl Sweep {
                 }
             }
             let (asked, name) = (Arc::clone(&self.asked), path.clone());
-            let looking = tokio::task::spawn_blocking(move || {
-                let looked = look(&path);
+            let looking = blocking(move || {
+                let looked = look(&path).during(|| format!("look at {}", path.display()));
                 lock(&asked).remove(&path);
                 looked
             });
             match tokio::time::timeout(ANSWER, looking).await {
-                Ok(Ok(Ok(()))) => {}
-                Ok(Ok(Err(error))) => tracing::info!(path = %name.display(), %error, "a stale mount"),
-                Ok(Err(error)) => tracing::warn!(path = %name.display(), %error, "nobody looked"),
+                Ok(Ok(())) => {}
+                Ok(Err(error)) => tracing::info!(%error, "a stale mount"),
                 Err(_) => tracing::warn!(path = %name.display(), "a mount does not answer"),
             }
         }

@@ -138,7 +138,7 @@ impl Watcher {
             self.looking.fetch_add(1, Ordering::Relaxed);
             let watcher = Arc::clone(&self);
             // Not waited for: if one hangs, the next round passes it by.
-            tokio::task::spawn_blocking(move || {
+            crate::sync::spawn_blocking(move || {
                 for copy in copies {
                     copy.dirty.store(true, Ordering::Relaxed);
                     copy.update();
@@ -163,7 +163,7 @@ impl Watcher {
             copy.dirty.store(true, Ordering::Relaxed);
             let updating = Arc::clone(&copy);
             // A lost task is a copy that nobody updates; the other way is left to it.
-            if tokio::task::spawn_blocking(move || updating.update()).await.is_err() {
+            if crate::sync::spawn_blocking(move || updating.update()).await.is_err() {
                 copy.silent.store(true, Ordering::Relaxed);
             }
             if copy.silent.load(Ordering::Relaxed) {

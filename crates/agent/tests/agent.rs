@@ -389,9 +389,9 @@ async fn what_is_not_offered_is_refused_by_name() {
     assert!(text.contains("no_such_module"), "{text}");
     // A sandbox that failed can be made after all.
     agent.client.create_sandbox(context(), &CreateSandboxRequest::new()).await.unwrap();
-    let text =
-        failed(agent.client.list_routes(context(), &ListRoutesRequest::new()).await, Kind::Unimplemented);
-    assert!(text.contains("ListRoutes"), "{text}");
+    let reclaimer = MemAgentMemcgConfig::new();
+    let text = failed(agent.client.mem_agent_memcg_set(context(), &reclaimer).await, Kind::Unimplemented);
+    assert!(text.contains("reclaim"), "{text}");
 }
 
 #[tokio::test]

@@ -13,7 +13,7 @@
 //! ```
 //! `Failed` may take the place of everything the child says, and is its last word.
 //!
-//! A frame is its length (u32, native order) and JSON; descriptors travel with its first byte.
+//! A frame is its length (u32, native order) and postcard, which both ends have in common: they are one program; descriptors travel with its first byte.
 
 use std::{
     io::{self, IoSlice, IoSliceMut},
@@ -100,8 +100,7 @@ impl Channel {
 
     /// Sends a message and descriptors.
     pub(crate) fn send<T: Serialize>(&self, message: &T, fds: &[BorrowedFd<'_>]) -> io::Result<()> {
-        let mut frame = vec![0; 4];
-        serde_json::to_writer(&mut frame, message)?;
+        let mut frame = postcard::to_extend(message, vec![0; 4]).map_err(io::Error::other)?;
         let len = u32::try_from(frame.len() - 4).map_err(io::Error::other)?;
         frame[..4].copy_from_slice(&len.to_ne_bytes());
 
@@ -141,7 +140,7 @@ impl Channel {
         }
         let mut body = vec![0; len];
         self.fill(&mut body)?;
-        Ok(Some((serde_json::from_slice(&body)?, fds)))
+        Ok(Some((postcard::from_bytes(&body).map_err(io::Error::other)?, fds)))
     }
 
     fn fill(&self, mut buffer: &mut [u8]) -> io::Result<()> {

@@ -117,18 +117,27 @@ pub(crate) struct ChildHooks {
     pub(crate) state: State,
 }
 
-/// The state of a container as the OCI specification writes it down.
+/// What the state of a container says at any time.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
 pub(crate) struct State {
-    oci_version: String,
+    version: String,
     id: String,
-    status: String,
+    bundle: String,
+    annotations: BTreeMap<String, String>,
+}
+
+/// The state as the OCI specification writes it down.
+#[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
+struct StateText<'s> {
+    oci_version: &'s str,
+    id: &'s str,
+    status: &'s str,
     /// Absent once there is none.
     #[serde(skip_serializing_if = "Option::is_none")]
     pid: Option<u32>,
-    bundle: String,
-    annotations: BTreeMap<String, String>,
+    bundle: &'s str,
+    annotations: &'s BTreeMap<String, String>,
 }
 
 impl State {
@@ -137,19 +146,19 @@ impl State {
             |map: &HashMap<String, String>| map.iter().map(|(k, v)| (k.clone(), v.clone())).collect();
         let root = Path::new(&spec.Root.get_or_default().Path);
         State {
-            oci_version: spec.Version.clone(),
+            version: spec.Version.clone(),
             id: id.to_owned(),
             // There is no bundle but the directory that the root is in.
             bundle: root.parent().unwrap_or(Path::new("/")).display().to_string(),
             annotations: sorted(&spec.Annotations),
-            ..State::default()
         }
     }
 
     /// The JSON text for a hook that runs now.
     pub(crate) fn text(&self, status: &str, pid: Option<u32>) -> Vec<u8> {
-        let state = State { status: status.to_owned(), pid, ..self.clone() };
-        serde_json::to_vec(&state).unwrap_or_default()
+        let State { version, id, bundle, annotations } = self;
+        let text = StateText { oci_version: version, id, status, pid, bundle, annotations };
+        serde_json::to_vec(&text).unwrap_or_default()
     }
 }
 

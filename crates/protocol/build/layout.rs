@@ -26,10 +26,12 @@ pub(crate) fn table(directory: &str, file: &str) -> String {
     let known = files.iter().flat_map(messages).collect();
     let mut table = Table { known, order: Vec::new(), names: String::new() };
     let own = files.iter().find(|descriptor| descriptor.name().ends_with(&format!("{file}.proto")));
+    let mut methods = String::new();
     for method in own.expect("the file itself").service.iter().flat_map(|service| &service.method) {
-        table.index(method.input_type());
+        let index = table.index(method.input_type());
+        let _ = writeln!(methods, "    ({:?}, {index}),", method.name());
     }
-    table.print()
+    format!("{}static METHODS: &[(&str, u8)] = &[\n{methods}];\n", table.print())
 }
 
 /// Messages by full name, with a leading dot; also those within messages, which map entries are.
@@ -98,8 +100,10 @@ impl Table<'_> {
             Type::TYPE_BOOL => "Kind::Bool".to_owned(),
             Type::TYPE_STRING => "Kind::String".to_owned(),
             Type::TYPE_BYTES => "Kind::Bytes".to_owned(),
-            Type::TYPE_INT32 | Type::TYPE_INT64 | Type::TYPE_ENUM => "Kind::Signed".to_owned(),
-            Type::TYPE_UINT32 | Type::TYPE_UINT64 => "Kind::Unsigned".to_owned(),
+            Type::TYPE_INT32 | Type::TYPE_ENUM => "Kind::Int32".to_owned(),
+            Type::TYPE_INT64 => "Kind::Int64".to_owned(),
+            Type::TYPE_UINT32 => "Kind::Uint32".to_owned(),
+            Type::TYPE_UINT64 => "Kind::Uint64".to_owned(),
             Type::TYPE_MESSAGE => format!("Kind::Message({})", self.index(field.type_name())),
             other => panic!("{}: {other:?} is unknown to the table and to who reads it", field.name()),
         };

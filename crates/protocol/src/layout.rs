@@ -13,10 +13,14 @@ pub enum Kind {
     String,
     /// Bytes.
     Bytes,
-    /// A number with a sign, or an enum value: a varint in two's complement.
-    Signed,
-    /// A number without a sign: a varint.
-    Unsigned,
+    /// A number of 32 bits with a sign, or an enum value: a varint in two's complement.
+    Int32,
+    /// The same of 64 bits.
+    Int64,
+    /// A number of 32 bits without a sign: a varint.
+    Uint32,
+    /// The same of 64 bits.
+    Uint64,
     /// A message, by index.
     Message(u8),
 }
@@ -67,6 +71,12 @@ impl Message {
     /// The message of that name, without its package.
     pub fn named(name: &str) -> Option<&'static Message> {
         MESSAGES.iter().find(|message| message.name() == name)
+    }
+
+    /// The request of a method of the agent.
+    pub fn of_method(name: &str) -> Option<&'static Message> {
+        let (_, index) = METHODS.iter().find(|(method, _)| *method == name)?;
+        Message::at(*index)
     }
 
     /// The messages that are requests themselves.
@@ -146,7 +156,12 @@ mod tests {
     fn every_request_is_in_the_table_with_its_fields() {
         let file = crate::agent::file_descriptor();
         let methods = file.services().flat_map(|service| {
-            service.methods().map(|method| method.input_type()).collect::<Vec<MessageDescriptor>>()
+            let of_method = |method: protobuf::reflect::MethodDescriptor| {
+                let name = method.proto().name().to_owned();
+                assert_eq!(Message::of_method(&name).unwrap().name(), method.input_type().name());
+                method.input_type()
+            };
+            service.methods().map(of_method).collect::<Vec<MessageDescriptor>>()
         });
         let mut count = 0;
         for message in methods {
@@ -176,7 +191,7 @@ mod tests {
             message.fields().iter().find(|field| field.name() == name).unwrap().shape
         };
         assert_eq!(field("Storage", "options"), Shape::Repeated(Kind::String));
-        assert_eq!(field("CopyFileRequest", "offset"), Shape::Single(Kind::Signed));
+        assert_eq!(field("CopyFileRequest", "offset"), Shape::Single(Kind::Int32));
         assert_eq!(field("MemAgentMemcgConfig", "swap"), Shape::Optional(Kind::Bool));
         assert_eq!(field("LinuxSyscall", "errnoret").choice(), Some("ErrnoRet"));
         assert!(matches!(field("Spec", "Annotations"), Shape::Map(Kind::Message(_))));

@@ -30,6 +30,8 @@ const ALL: &[Requirement] = &[
     Requirement { package: "containerd", need: Need::Program("containerd") },
     Requirement { package: "runc", need: Need::Program("runc") },
     Requirement { package: "kmod", need: Need::Program("depmod") },
+    Requirement { package: "erofs-utils", need: Need::Program("mkfs.erofs") },
+    Requirement { package: "e2fsprogs", need: Need::Program("mkfs.ext4") },
     Requirement { package: "iproute2", need: Need::Program("ip") },
     // For the build: a linker, glibc's libc.a for the agent, libcap-ng for virtiofsd, protoc for the CRI client of the tests.
     Requirement { package: "gcc", need: Need::Program("cc") },

@@ -1,61 +1,51 @@
 //! A request as the value that policies call `input`: every field under its name, also those that are not set.
 //!
-//! It is read from the bytes that the decoded request encodes to, so that a policy sees what the agent acts on, and nothing
-//! else. An unset message is null, an enum its number. Of `CopyFile` a policy sees what is to be made, not the contents.
+//! It is read from the bytes that came. Bytes that two readers could understand in two ways (a field twice, a key twice, a
+//! number too large for its field) are refused, so that a policy sees what the agent acts on. An unset message is null, an enum its number. Of `CopyFile` a policy sees what is to be made, not the contents.
 
-use std::any::Any;
-
-use bulkhead_protocol::{
-    agent::CopyFileRequest,
-    layout::{Field, Kind, Message as Layout, Shape},
-    protobuf::Message,
-};
+use bulkhead_protocol::layout::{Field, Kind, Message as Layout, Shape};
 
 use super::value::Value;
 
 /// Values of an input, at most: an empty message is two bytes on the wire, and much more here.
 const SIZE: usize = 200_000;
 
+/// Entries of one map, at most.
+const ENTRIES: usize = 4096;
+
 /// The bits of a file's mode that say its kind.
-const KIND_MASK: u32 = 0o170_000;
+const KIND_MASK: i128 = 0o170_000;
+/// The request that policies see in a form of its own.
+const COPY: &str = "CopyFileRequest";
 
-/// The input of a request; an error says why there is none.
-pub(super) fn of_request(name: &str, request: &impl Message) -> Result<Value, String> {
-    if let Some(copy) = (request as &dyn Any).downcast_ref::<CopyFileRequest>() {
-        return Ok(of_copy(copy));
-    }
-    let bytes = request.write_to_bytes().map_err(|error| error.to_string())?;
-    of_bytes(name, &bytes)
-}
-
-/// The input of a request's bytes.
+/// The input of a request's bytes; an error says why there is none.
 pub(super) fn of_bytes(name: &str, bytes: &[u8]) -> Result<Value, String> {
     let layout = Layout::named(name).ok_or("the message is unknown")?;
-    Reader { left: SIZE }.message(layout, bytes).map_err(str::to_owned)
+    let value = Reader { left: SIZE }.message(layout, bytes).map_err(str::to_owned)?;
+    Ok(if name == COPY { of_copy(value) } else { value })
 }
 
-fn of_copy(request: &CopyFileRequest) -> Value {
-    let kind = match request.file_mode & KIND_MASK {
-        0o100_000 => "Regular",
-        0o040_000 => "Directory",
-        0o120_000 => "Symlink",
+/// What a copy makes, in the place of its mode and its contents.
+fn of_copy(request: Value) -> Value {
+    let Value::Object(mut fields) = request else { return request };
+    let field = |name: &str| fields.iter().find_map(|(field, value)| (**field == *name).then_some(value));
+    let kind = match field("file_mode") {
+        Some(Value::Number(mode)) => match mode & KIND_MASK {
+            0o100_000 => "Regular",
+            0o040_000 => "Directory",
+            0o120_000 => "Symlink",
+            _ => "Unknown",
+        },
         _ => "Unknown",
     };
-    let target =
-        if kind == "Symlink" { String::from_utf8_lossy(&request.data).into_owned() } else { String::new() };
-    let number = |number: i64| Value::Number(number.into());
-    let fields = [
-        ("path", Value::String(request.path.clone())),
-        ("file_type", Value::String(kind.into())),
-        ("symlink_target", Value::String(target)),
-        ("file_size", number(request.file_size)),
-        ("file_mode", number(request.file_mode.into())),
-        ("dir_mode", number(request.dir_mode.into())),
-        ("uid", number(request.uid.into())),
-        ("gid", number(request.gid.into())),
-        ("offset", number(request.offset)),
-    ];
-    Value::Object(fields.into_iter().map(|(name, value)| (name.into(), value)).collect())
+    let target = match field("data") {
+        Some(Value::Bytes(data)) if kind == "Symlink" => String::from_utf8_lossy(data).into_owned(),
+        _ => String::new(),
+    };
+    fields.retain(|(name, _)| **name != *"data");
+    fields.push(("file_type".into(), Value::String(kind.into())));
+    fields.push(("symlink_target".into(), Value::String(target)));
+    Value::Object(fields)
 }
 
 /// What is wrong with bytes that are no message.
@@ -80,14 +70,18 @@ impl Reader {
         self.grow(1 + fields.len())?;
         let mut object: Vec<_> =
             fields.iter().map(|field| (name(field).into(), absent(field.shape))).collect();
+        let mut seen = vec![false; fields.len()];
         while !bytes.is_empty() {
             let (number, wire) = next(&mut bytes)?;
             let place = fields.iter().position(|field| u64::from(field.number) == number);
-            let Some((field, (_, value))) =
-                place.and_then(|place| Some((fields.get(place)?, object.get_mut(place)?)))
+            let Some((field, (_, value), seen)) = place
+                .and_then(|place| Some((fields.get(place)?, object.get_mut(place)?, seen.get_mut(place)?)))
             else {
                 continue;
             };
+            if std::mem::replace(seen, !matches!(field.shape, Shape::Repeated(_) | Shape::Map(_))) {
+                return Err("the request has a field twice");
+            }
             self.field(field, &wire, value)?;
         }
         Ok(Value::Object(object))
@@ -96,7 +90,10 @@ impl Reader {
     fn field(&mut self, field: &'static Field, wire: &Wire<'_>, value: &mut Value) -> Read<()> {
         match (field.shape, value) {
             (Shape::Repeated(kind), Value::Array(values)) => match (kind, wire) {
-                (Kind::Bool | Kind::Signed | Kind::Unsigned, Wire::Bytes(packed)) => {
+                (
+                    Kind::Bool | Kind::Int32 | Kind::Int64 | Kind::Uint32 | Kind::Uint64,
+                    Wire::Bytes(packed),
+                ) => {
                     let mut packed = *packed;
                     while !packed.is_empty() {
                         let number = Wire::Varint(varint(&mut packed)?);
@@ -115,6 +112,13 @@ impl Reader {
                 let (Some(Value::String(key)), Some(value)) = (entry.next(), entry.next()) else {
                     return Err(BROKEN);
                 };
+                // Looking for a key among all the others takes time by the square of their number.
+                if entries.len() >= ENTRIES {
+                    return Err("the request has too many entries for a policy");
+                }
+                if entries.iter().any(|(known, _)| **known == *key) {
+                    return Err("the request has a key twice");
+                }
                 entries.push((key.into(), value));
                 Ok(())
             }
@@ -134,8 +138,14 @@ impl Reader {
         self.grow(1)?;
         match (kind, wire) {
             (Kind::Bool, Wire::Varint(number)) => Ok(Value::Bool(*number != 0)),
-            (Kind::Signed, Wire::Varint(number)) => Ok(Value::Number(number.cast_signed().into())),
-            (Kind::Unsigned, Wire::Varint(number)) => Ok(Value::Number((*number).into())),
+            (Kind::Int32, Wire::Varint(number)) => i32::try_from(number.cast_signed())
+                .map(|number| Value::Number(number.into()))
+                .map_err(|_| BROKEN),
+            (Kind::Int64, Wire::Varint(number)) => Ok(Value::Number(number.cast_signed().into())),
+            (Kind::Uint32, Wire::Varint(number)) => {
+                u32::try_from(*number).map(|number| Value::Number(number.into())).map_err(|_| BROKEN)
+            }
+            (Kind::Uint64, Wire::Varint(number)) => Ok(Value::Number((*number).into())),
             (Kind::String, Wire::Bytes(bytes)) => {
                 std::str::from_utf8(bytes).map(|text| Value::String(text.to_owned())).map_err(|_| BROKEN)
             }
@@ -167,7 +177,7 @@ fn absent(shape: Shape) -> Value {
         Shape::Single(Kind::Bool) => Value::Bool(false),
         Shape::Single(Kind::String) => Value::String(String::new()),
         Shape::Single(Kind::Bytes) => Value::Bytes(Vec::new()),
-        Shape::Single(Kind::Signed | Kind::Unsigned) => Value::Number(0),
+        Shape::Single(Kind::Int32 | Kind::Int64 | Kind::Uint32 | Kind::Uint64) => Value::Number(0),
     }
 }
 

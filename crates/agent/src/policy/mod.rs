@@ -26,7 +26,7 @@ use std::{
     },
 };
 
-use bulkhead_protocol::{layout::Message as Layout, protobuf::Message};
+use bulkhead_protocol::layout::Message as Layout;
 
 use crate::{
     error::{During, Error, Result},
@@ -80,13 +80,13 @@ impl Policy {
         Ok(policy)
     }
 
-    /// Whether a request, named after its message, is allowed; [`Error::Denied`] when not.
-    pub(crate) fn check(&self, name: &str, request: &impl Message) -> Result<()> {
+    /// Whether a request in its wire form, named after its message, is allowed; [`Error::Denied`] when not.
+    pub(crate) fn check(&self, name: &str, request: &[u8]) -> Result<()> {
         if !self.active.load(Ordering::Acquire) {
             return Ok(());
         }
         let rules = lock(&self.rules).clone();
-        rules.map_or(Ok(()), |rules| rules.check(name, || input::of_request(name, request)))
+        rules.map_or(Ok(()), |rules| rules.check(name, || input::of_bytes(name, request)))
     }
 
     /// Replaces the policy, if the one in force allows that.

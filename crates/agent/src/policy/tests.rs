@@ -2,7 +2,12 @@
 
 use std::time::{Duration, Instant};
 
-use bulkhead_protocol::{agent::*, oci, protobuf::MessageField, types};
+use bulkhead_protocol::{
+    agent::*,
+    oci,
+    protobuf::{Message, MessageField},
+    types,
+};
 
 use super::*;
 
@@ -12,7 +17,7 @@ fn policy(rules: &str) -> Rules {
 }
 
 fn check<M: Message>(rules: &Rules, request: &M) -> Result<()> {
-    rules.check(M::NAME, || input::of_request(M::NAME, request))
+    rules.check(M::NAME, || input::of_bytes(M::NAME, &request.write_to_bytes().unwrap()))
 }
 
 fn allows(rules: &str, request: &impl Message) -> bool {
@@ -271,16 +276,22 @@ fn every_kind_of_field_is_seen() {
 #[test]
 fn a_policy_is_replaced_if_it_allows_that() {
     let policy = Policy::default();
-    assert!(policy.check("ExecProcessRequest", &exec()).is_ok());
+    assert!(policy.check("ExecProcessRequest", &exec().write_to_bytes().unwrap()).is_ok());
     let text = "package agent_policy\nSetPolicyRequest if contains(input.policy, \"release 2\")\nExecProcessRequest := false";
     policy.replace(text).unwrap();
-    assert!(matches!(policy.check("ExecProcessRequest", &exec()), Err(Error::Denied(_))));
+    assert!(matches!(
+        policy.check("ExecProcessRequest", &exec().write_to_bytes().unwrap()),
+        Err(Error::Denied(_))
+    ));
     assert!(matches!(policy.replace("package agent_policy"), Err(Error::Denied(_))));
     // What cannot be read changes nothing.
     assert!(matches!(policy.replace("# release 2"), Err(Error::Invalid(_))));
-    assert!(matches!(policy.check("ExecProcessRequest", &exec()), Err(Error::Denied(_))));
+    assert!(matches!(
+        policy.check("ExecProcessRequest", &exec().write_to_bytes().unwrap()),
+        Err(Error::Denied(_))
+    ));
     policy.replace("package agent_policy # release 2\nExecProcessRequest := true").unwrap();
-    assert!(policy.check("ExecProcessRequest", &exec()).is_ok());
+    assert!(policy.check("ExecProcessRequest", &exec().write_to_bytes().unwrap()).is_ok());
     assert!(matches!(policy.replace(text), Err(Error::Denied(_))), "there is no rule for it any more");
 }
 
@@ -297,7 +308,9 @@ fn a_file_that_is_named_has_to_be_a_policy() {
     fs::File::create(&file).unwrap().set_len(1 << 40).unwrap();
     assert!(matches!(Policy::load(&file), Err(Error::Io { .. })), "too large");
     fs::write(&file, "package agent_policy\n").unwrap();
-    assert!(Policy::load(&file).unwrap().check("ExecProcessRequest", &exec()).is_err());
+    assert!(
+        Policy::load(&file).unwrap().check("ExecProcessRequest", &exec().write_to_bytes().unwrap()).is_err()
+    );
 }
 
 #[test]
@@ -386,4 +399,30 @@ fn a_decision_takes_little_time() {
     let each = began.elapsed() / rounds;
     eprintln!("a decision on CreateContainer takes {each:?}");
     assert!(each < Duration::from_millis(20), "{each:?}");
+}
+
+/// Bytes that another reader could understand differently, so that the agent would do what the policy did not see.
+#[test]
+fn ambiguous_requests_are_denied() {
+    let rules = policy("SignalProcessRequest if { input.signal == 15 }\nCreateContainerRequest := true");
+    let check = |name: &str, bytes: &[u8]| rules.check(name, || input::of_bytes(name, bytes));
+    check("SignalProcessRequest", &[0x18, 15]).unwrap();
+    for (what, bytes) in [
+        ("a field twice", &[0x18, 9, 0x18, 15][..]),
+        ("more than 32 bits", &[0x18, 0x8f, 0x80, 0x80, 0x80, 0x10]),
+        ("a wire type that is another's", &[0x1a, 1, 15, 0x18, 15]),
+    ] {
+        assert!(check("SignalProcessRequest", bytes).is_err(), "{what}");
+    }
+    // CreateContainer { OCI: Spec { Annotations: [k -> a, k -> b] } }
+    let entry = |value: u8| [0x3a, 6, 0x0a, 1, b'k', 0x12, 1, value];
+    let spec = [entry(b'a'), entry(b'b')].concat();
+    let request = |spec: &[u8]| [&[0x32, u8::try_from(spec.len()).unwrap()][..], spec].concat();
+    check("CreateContainerRequest", &request(&spec)).unwrap();
+    let judged = policy("CreateContainerRequest if { input.OCI.Annotations.k == \"a\" }");
+    let check = |bytes: &[u8]| {
+        judged.check("CreateContainerRequest", || input::of_bytes("CreateContainerRequest", bytes))
+    };
+    check(&request(&entry(b'a'))).unwrap();
+    assert!(check(&request(&spec)).is_err(), "a key twice");
 }

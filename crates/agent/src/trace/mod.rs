@@ -74,7 +74,7 @@ impl Tracer {
         let address = Address::parse(&config.trace_address)?;
         let (spans, received) = mpsc::channel(QUEUE);
         let dropped = Arc::<AtomicU64>::default();
-        tokio::spawn(export::run(address, received, Arc::clone(&dropped)));
+        crate::sync::spawn(export::run(address, received, Arc::clone(&dropped)));
         Ok(Tracer { queue: Some(Arc::new(Queue { spans, dropped })) })
     }
 

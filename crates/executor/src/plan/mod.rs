@@ -205,8 +205,8 @@ mod tests {
         assert_eq!(plan.namespaces.new.len(), 4);
         assert_eq!(plan.setup.hostname, None);
         assert_eq!(plan.setup.rootfs.path, "/rootfs");
-        let text = serde_json::to_string(&plan).unwrap();
-        assert_eq!(serde_json::from_str::<Plan>(&text).unwrap(), plan);
+        let bytes = postcard::to_allocvec(&plan).unwrap();
+        assert_eq!(postcard::from_bytes::<Plan>(&bytes).unwrap(), plan);
     }
 
     #[test]
