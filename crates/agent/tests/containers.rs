@@ -365,3 +365,35 @@ async fn figures_of_the_network_are_the_guests() {
     let told: Vec<&str> = stats.network_stats.iter().map(|interface| interface.name.as_str()).collect();
     assert_eq!(told, names.into_iter().filter(|name| *name != "lo").collect::<Vec<_>>());
 }
+
+/// What containerd and its hosts say of every container: the labels of the host's kernel, a limit for each size of huge
+/// page that the host has, and preferences that cgroup v2 has no file for.
+#[tokio::test]
+async fn what_belongs_to_the_hosts_kernel_stops_no_container() {
+    let agent = agent_or_skip!();
+    let selinux = std::path::Path::new("/sys/fs/selinux/enforce").exists();
+    let label = |process: &mut oci::Process| {
+        process.ApparmorProfile = "bulkhead-no-such-profile".into();
+        process.SelinuxLabel =
+            if selinux { String::new() } else { "system_u:system_r:container_t:s0".into() };
+    };
+    let mut spec = agent.spec(&["sleep", "1000"]);
+    label(spec.Process.as_mut().unwrap());
+    let linux = spec.Linux.as_mut().unwrap();
+    if !selinux {
+        linux.MountLabel = "system_u:object_r:container_file_t:s0".into();
+    }
+    let resources = linux.Resources.mut_or_insert_default();
+    resources.CPU.mut_or_insert_default().Shares = 2;
+    let limit = oci::LinuxHugepageLimit { Pagesize: "16GB".into(), ..Default::default() };
+    resources.HugepageLimits.push(limit);
+    let memory = resources.Memory.mut_or_insert_default();
+    (memory.Swap, memory.Swappiness, memory.DisableOOMKiller) = (-1, 60, true);
+    agent.create("c1", spec).await.unwrap();
+    agent.start_container("c1").await.unwrap();
+    let mut process = process(&["echo", "in"]);
+    label(&mut process);
+    agent.exec("c1", "e", process).await.unwrap();
+    assert_eq!(agent.stdout("c1", "e").await, "in\n");
+    agent.remove("c1").await.unwrap();
+}

@@ -16,9 +16,9 @@ use crate::{
     channel::Channel,
     hooks::Hooks,
     host, namespace_files,
-    plan::{self, NamespaceKind, NamespacePlan},
+    plan::{self, NamespaceKind, NamespacePlan, labels},
     seccomp,
-    spawn::{Child, Descriptors, release},
+    spawn::{Child, Descriptors, is_end, release},
     streams, sys,
 };
 
@@ -150,7 +150,11 @@ impl Container {
     /// # Errors
     /// Everything in [`Error`]; nothing is left behind then (the child is killed; the caller's reaper collects it).
     pub fn create(config: Config) -> Result<(Container, Process), Error> {
-        let Config { id, spec, cgroup_mount, user, hooks: runner } = config;
+        let Config { id, mut spec, cgroup_mount, user, hooks: runner } = config;
+        let missed = labels::leave_out(&mut spec, &host::enforces);
+        if !missed.is_empty() {
+            tracing::warn!(container = id, labels = ?missed, "this kernel does not enforce security labels of the container");
+        }
         let hooks = Hooks::new(&id, &spec)?;
         let place = cgroup_mount.map(|mount| CgroupPlace::new(mount, &id, &spec)).transpose()?;
         let dir = place.as_ref().map(CgroupPlace::dir).transpose()?;
@@ -208,7 +212,7 @@ impl Container {
                 }
             }
         };
-        let result = release(&channel);
+        let result = release(&channel).map_err(|error| self.start_failed(error));
         let mut state = self.state();
         if let Phase::Starting = state.phase {
             state.phase = if result.is_ok() { Phase::Running } else { Phase::Stopped };
@@ -221,8 +225,8 @@ impl Container {
     }
 
     /// Runs a further process in the container; returns when its command is being executed, or with why it could not be.
-    /// Absent capabilities are those of the container's own process; seccomp is always the container's.
-    pub fn exec(&self, process: oci::Process, user: UserNames) -> Result<Process, Error> {
+    /// Absent capabilities and security labels are those of the container's own process; seccomp is always the container's.
+    pub fn exec(&self, mut process: oci::Process, user: UserNames) -> Result<Process, Error> {
         let namespaces = {
             let state = self.state();
             if !matches!(self.status_of(&state), Status::Created | Status::Running) || self.init_has_ended() {
@@ -232,6 +236,7 @@ impl Container {
             copies.map_err(Error::io("duplicating namespaces"))?
         };
         let cgroup = self.cgroup.as_ref().map(|cgroup| cgroup.open(Some(self.init_pid))).transpose()?;
+        labels::inherit(&mut process, self.spec.Process.get_or_default(), &host::enforces);
         let seccomp = self.seccomp.clone();
         let kinds = self.kinds.clone();
         let mut plan = plan::exec(&process, &self.spec, seccomp, host::facts()?, kinds, cgroup.is_some())?;
@@ -247,6 +252,15 @@ impl Container {
         let terminal = child.take_terminal();
         let (pid, pidfd, _) = child.into_parts();
         Ok(Process { pid, pidfd, streams: streams.with_terminal(terminal)? })
+    }
+
+    /// An init that is killed before its command has no state to be started from any more.
+    fn start_failed(&self, error: Error) -> Error {
+        if !is_end(&error) {
+            return error;
+        }
+        let operation = "start: it ended before its command was executed";
+        Error::WrongState { id: self.id.clone(), status: Status::Stopped.name(), operation }
     }
 
     /// An init that ends takes along what is on its way in, which fails in any way then: its end is the news.

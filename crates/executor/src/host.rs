@@ -2,7 +2,13 @@
 
 use std::{fs, path::Path};
 
-use crate::{Error, plan::Host};
+use crate::{
+    Error,
+    plan::{
+        Host,
+        labels::{Module, UNCONFINED},
+    },
+};
 
 /// Looks it up.
 pub(crate) fn facts() -> Result<Host, Error> {
@@ -10,11 +16,23 @@ pub(crate) fn facts() -> Result<Host, Error> {
     Ok(Host {
         // A child is executed as root, which gains all of them.
         capabilities: bounding_set(&status).unwrap_or_default(),
-        apparmor: fs::read_to_string("/sys/module/apparmor/parameters/enabled")
-            .is_ok_and(|text| text.starts_with('Y')),
-        selinux: Path::new("/sys/fs/selinux/enforce").exists(),
         owns_machine: std::process::id() == 1,
     })
+}
+
+/// Whether the kernel enforces a label: the module is active and, for AppArmor, has been given the profile. (Without
+/// securityfs, through which they are given, there is none.)
+pub(crate) fn enforces(module: Module, label: &str) -> bool {
+    match module {
+        Module::AppArmor => fs::read_to_string("/sys/kernel/security/apparmor/profiles")
+            .is_ok_and(|profiles| label == UNCONFINED || lists(&profiles, label)),
+        Module::SeLinux => Path::new("/sys/fs/selinux/enforce").exists(),
+    }
+}
+
+/// A line a profile: `name (mode)`.
+fn lists(profiles: &str, name: &str) -> bool {
+    profiles.lines().any(|line| line.rsplit_once(" (").is_some_and(|(listed, _)| listed == name))
 }
 
 fn bounding_set(status: &str) -> Option<u64> {
@@ -30,5 +48,12 @@ mod tests {
     fn the_bounding_set_is_read() {
         assert_eq!(bounding_set("CapEff:\t0\nCapBnd:\t000001ffffffffff\n"), Some(0x1ff_ffff_ffff));
         assert_eq!(bounding_set("CapEff:\t0\n"), None);
+    }
+
+    #[test]
+    fn a_profile_is_known_by_its_whole_name() {
+        let profiles = "docker-default (enforce)\n/usr/bin/a b (complain)\n";
+        assert!(lists(profiles, "docker-default") && lists(profiles, "/usr/bin/a b"));
+        assert!(!lists(profiles, "docker") && !lists(profiles, "enforce)") && !lists("", "x"));
     }
 }

@@ -193,6 +193,11 @@ fn ended() -> Error {
     }
 }
 
+/// Whether a child has ended without a word, and so was killed.
+pub(crate) fn is_end(error: &Error) -> bool {
+    matches!(error, Error::Child { stage: Stage::Spawn, source, .. } if source.kind() == io::ErrorKind::UnexpectedEof)
+}
+
 fn broken(source: io::Error) -> Error {
     let source = match source.kind() {
         // It was killed with a message of ours unread.

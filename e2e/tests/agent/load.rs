@@ -236,8 +236,6 @@ fn allowed<T>(result: ttrpc::Result<T>) -> anyhow::Result<()> {
     let Err(error) = result else { return Ok(()) };
     match Kind::of_error(&error) {
         Kind::AlreadyExists | Kind::NotFound | Kind::InvalidArgument | Kind::FailedPrecondition => Ok(()),
-        // A start whose init is killed meanwhile.
-        Kind::Internal if message(&error).contains("it ended before its command was executed") => Ok(()),
         kind => bail!("{kind:?}: {error}"),
     }
 }

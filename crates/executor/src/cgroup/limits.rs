@@ -1,6 +1,10 @@
 //! From OCI resources to the values of cgroup v2 files: pure.
 //!
-//! The wire does not tell 0 from absent: 0 leaves a value as it is, -1 takes a limit away.
+//! The wire does not tell 0 from absent: 0 leaves a value as it is, -1 takes a limit away. What version 2 has no file for
+//! is an error where the container would get more than it should, and left out where it only asks for a preference (as
+//! runc does): swappiness, kernel memory, which is counted as memory anyway, and to be spared by the OOM killer.
+
+use std::{fs, path::Path};
 
 use bulkhead_protocol::oci::{LinuxBlockIO, LinuxCPU, LinuxMemory, LinuxResources, LinuxThrottleDevice};
 
@@ -20,16 +24,63 @@ impl Setting {
         Setting { file: file.into(), value: value.to_string() }
     }
 
-    /// Whether a container may run without it: a weight only arbitrates between containers, and no limit is no limit.
-    fn is_limit(&self) -> bool {
-        !self.file.ends_with(".weight") && self.value != "max"
+    /// Whether it keeps a container from anything here: a weight only arbitrates between containers, no limit is no
+    /// limit, and what the machine has nothing of needs none.
+    pub(super) fn is_limit(&self, supply: &Supply) -> bool {
+        let value = self.value.as_str();
+        if self.file.ends_with(".weight") || value.starts_with("max") || value.ends_with("=max") {
+            return false;
+        }
+        if self.file == "memory.swap.max" {
+            return supply.swap && value != "0";
+        }
+        match self.file.strip_prefix("hugetlb.") {
+            Some(rest) => supply.pages.iter().any(|size| rest.split('.').next() == Some(size)),
+            None => true,
+        }
     }
 }
 
+/// What some machines have nothing of.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Supply {
+    /// The kernel can swap.
+    swap: bool,
+    /// The sizes that there are huge pages of, in the words of the cgroup's files: `2MB`.
+    pages: Vec<String>,
+}
+
+impl Supply {
+    /// That of this machine.
+    pub(super) fn here() -> Supply {
+        let pools = fs::read_dir("/sys/kernel/mm/hugepages").into_iter().flatten().flatten();
+        let has_some = |pool: &Path| {
+            ["nr_hugepages", "nr_overcommit_hugepages"]
+                .iter()
+                .any(|file| fs::read_to_string(pool.join(file)).is_ok_and(|number| number.trim() != "0"))
+        };
+        let pages = pools
+            .filter(|pool| has_some(&pool.path()))
+            .filter_map(|pool| page_size(pool.file_name().to_str()?))
+            .collect();
+        Supply { swap: Path::new("/proc/swaps").exists(), pages }
+    }
+}
+
+/// The size in the name of a pool, `hugepages-2048kB`.
+fn page_size(pool: &str) -> Option<String> {
+    let size: u64 = pool.strip_prefix("hugepages-")?.strip_suffix("kB")?.parse().ok()?;
+    Some(match size {
+        1_048_576.. => format!("{}GB", size >> 20),
+        1024.. => format!("{}MB", size >> 10),
+        _ => format!("{size}KB"),
+    })
+}
+
 /// The limits among the settings, for a machine that can set none.
-pub(super) fn limits(resources: &LinuxResources) -> Result<Vec<String>, Error> {
+pub(super) fn limits(resources: &LinuxResources, supply: &Supply) -> Result<Vec<String>, Error> {
     let settings = settings(resources, &|_| None)?;
-    Ok(settings.into_iter().filter(Setting::is_limit).map(|s| s.file).collect())
+    Ok(settings.into_iter().filter(|setting| setting.is_limit(supply)).map(|s| s.file).collect())
 }
 
 /// What `resources` ask for, in the order to write it. `read` returns the present value of a file, if there is one.
@@ -117,14 +168,16 @@ fn memory(
     read: &dyn Fn(&str) -> Option<String>,
     settings: &mut Vec<Setting>,
 ) -> Result<(), Error> {
-    if memory.Kernel > 0 || memory.KernelTCP > 0 {
-        return unsupported("kernel memory limits: cgroup v2 has none");
-    }
-    if memory.Swappiness != 0 {
-        return unsupported("memory swappiness: cgroup v2 has none");
+    for (ignored, what) in [
+        (memory.Kernel > 0 || memory.KernelTCP > 0, "kernel memory limit"),
+        (memory.Swappiness != 0, "memory swappiness"),
+    ] {
+        if ignored {
+            tracing::debug!(what, "cgroup v2 has none: ignored");
+        }
     }
     if memory.DisableOOMKiller {
-        return unsupported("disabling the OOM killer: cgroup v2 cannot");
+        tracing::warn!("the OOM killer cannot be disabled with cgroup v2: ignored");
     }
     if memory.Swap != 0 {
         settings.push(Setting::new("memory.swap.max", swap(memory, read)?));
@@ -292,9 +345,7 @@ mod tests {
     #[test]
     fn what_cgroup_v2_lacks_is_an_error() {
         assert!(cpu(|c| c.RealtimeRuntime = 1, &[]).is_err());
-        assert!(plan(|r| r.Memory.mut_or_insert_default().Kernel = 1, &[]).is_err());
-        assert!(plan(|r| r.Memory.mut_or_insert_default().Swappiness = 60, &[]).is_err());
-        assert!(plan(|r| r.Memory.mut_or_insert_default().DisableOOMKiller = true, &[]).is_err());
+        assert!(cpu(|c| c.RealtimePeriod = 1, &[]).is_err());
         assert!(plan(|r| r.BlockIO.mut_or_insert_default().LeafWeight = 1, &[]).is_err());
         assert!(plan(|r| r.BlockIO.mut_or_insert_default().Weight = 1001, &[]).is_err());
         assert!(plan(|r| r.Network.mut_or_insert_default().ClassID = 1, &[]).is_err());
@@ -303,14 +354,46 @@ mod tests {
     }
 
     #[test]
+    fn what_only_asks_for_a_preference_is_ignored() {
+        let memory = |r: &mut LinuxResources| {
+            let memory = r.Memory.mut_or_insert_default();
+            (memory.Kernel, memory.KernelTCP, memory.Swappiness) = (1 << 20, 1 << 20, 60);
+            memory.DisableOOMKiller = true;
+            memory.Limit = 100;
+        };
+        assert_eq!(plan(memory, &[]).unwrap(), ["memory.max=100"]);
+    }
+
+    #[test]
     fn without_cgroups_only_limits_matter() {
+        let limits = |resources: &LinuxResources| limits(resources, &Supply::default()).unwrap();
         let mut resources = LinuxResources::new();
-        resources.CPU.mut_or_insert_default().Shares = 2;
-        resources.CPU.mut_or_insert_default().Period = 100_000;
-        resources.Memory.mut_or_insert_default().Limit = -1;
-        assert!(limits(&resources).unwrap().is_empty());
+        let cpu = resources.CPU.mut_or_insert_default();
+        (cpu.Shares, cpu.Period, cpu.Quota) = (2, 50_000, -1);
+        let memory = resources.Memory.mut_or_insert_default();
+        (memory.Limit, memory.Swap, memory.Swappiness) = (-1, -1, 60);
+        let io = resources.BlockIO.mut_or_insert_default();
+        io.ThrottleReadBpsDevice.push(LinuxThrottleDevice { Major: 8, ..Default::default() });
+        assert!(limits(&resources).is_empty(), "{:?}", limits(&resources));
         resources.Memory.mut_or_insert_default().Limit = 1;
         resources.CPU.mut_or_insert_default().Quota = 1;
-        assert_eq!(limits(&resources).unwrap(), ["cpu.max", "memory.max"]);
+        assert_eq!(limits(&resources), ["cpu.max", "memory.max"]);
+    }
+
+    #[test]
+    fn what_the_machine_has_nothing_of_needs_no_limit() {
+        let supply =
+            |swap, pages: &[&str]| Supply { swap, pages: pages.iter().map(|p| (*p).into()).collect() };
+        let is_limit = |file: &str, value: u64, supply: &Supply| Setting::new(file, value).is_limit(supply);
+        // A container engine limits every page size that the host has.
+        assert!(!is_limit("hugetlb.1GB.max", 0, &supply(true, &["2MB"])));
+        assert!(is_limit("hugetlb.2MB.max", 0, &supply(true, &["2MB"])));
+        assert!(is_limit("hugetlb.2MB.rsvd.max", 0, &supply(true, &["2MB"])));
+        assert!(!is_limit("memory.swap.max", 0, &supply(true, &[])));
+        assert!(!is_limit("memory.swap.max", 4096, &supply(false, &[])));
+        assert!(is_limit("memory.swap.max", 4096, &supply(true, &[])));
+        assert!(is_limit("memory.max", 0, &Supply::default()) && is_limit("pids.max", 5, &Supply::default()));
+        let sizes = ["hugepages-64kB", "hugepages-2048kB", "hugepages-1048576kB", "other"].map(page_size);
+        assert_eq!(sizes, ["64KB", "2MB", "1GB", ""].map(|s| (!s.is_empty()).then(|| s.to_owned())));
     }
 }

@@ -16,6 +16,7 @@ use bulkhead_protocol::oci::{LinuxDevice, LinuxResources};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use crate::{Error, device_filter::DeviceFilter, sys};
+use limits::Supply;
 
 /// How long the kernel may take to freeze or kill everything.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -31,7 +32,7 @@ pub(crate) struct Cgroup {
 
 /// Refuses limits on a machine that can set none.
 pub(crate) fn refuse_limits(resources: &LinuxResources) -> Result<(), Error> {
-    let limits = limits::limits(resources)?;
+    let limits = limits::limits(resources, &Supply::here())?;
     if limits.is_empty() {
         return Ok(());
     }
@@ -132,6 +133,14 @@ impl Cgroup {
             match fs::write(&path, &setting.value) {
                 Ok(()) => {}
                 Err(e) if e.kind() == io::ErrorKind::NotFound || e.raw_os_error() == Some(libc::EACCES) => {
+                    if !setting.is_limit(&Supply::here()) {
+                        tracing::debug!(
+                            file = setting.file,
+                            value = setting.value,
+                            "there is nothing to limit"
+                        );
+                        continue;
+                    }
                     return Err(Error::Unsupported(format!(
                         "{} = {}: this kernel or its configuration does not offer it",
                         setting.file, setting.value
@@ -373,6 +382,24 @@ mod tests {
         for path in ["", "/", "..", "/a/../../b", "a:..:b"] {
             assert!(relative_path(path).is_err(), "{path}");
         }
+    }
+
+    /// In `/proc` no file can be made, as in a cgroup.
+    #[test]
+    fn a_file_that_is_missing_matters_to_limits_only() {
+        let cgroup = Cgroup { dir: "/proc".into(), made: Vec::new(), filter: Mutex::new(None) };
+        let mut resources = LinuxResources::new();
+        let memory = resources.Memory.mut_or_insert_default();
+        (memory.Limit, memory.Swap) = (-1, -1);
+        resources.CPU.mut_or_insert_default().Shares = 2;
+        resources.HugepageLimits.push(bulkhead_protocol::oci::LinuxHugepageLimit {
+            Pagesize: "3MB".into(),
+            ..Default::default()
+        });
+        cgroup.apply(&resources).unwrap();
+        resources.Pids.mut_or_insert_default().Limit = 5;
+        let error = cgroup.apply(&resources).unwrap_err().to_string();
+        assert!(error.starts_with("not supported: pids.max = 5"), "{error}");
     }
 
     #[test]

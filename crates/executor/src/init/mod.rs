@@ -178,6 +178,11 @@ fn run() -> io::Result<()> {
         Err(error) if error.raw_os_error() == Some(libc::ENOMEM) && joins_pid => {
             report(&channel, Stage::Spawn, Fault::new(libc::ENOMEM, "has the pid namespace it joins ended?"))
         }
+        Err(error) if error.raw_os_error() == Some(libc::EAGAIN) => {
+            let text =
+                "no further process is allowed; see the container's limit (pids.max), and the machine's";
+            report(&channel, Stage::Spawn, Fault::new(libc::EAGAIN, text))
+        }
         Err(error) => report(&channel, Stage::Spawn, error.into()),
     }
 }

@@ -3,6 +3,7 @@
 //! The child takes no decision; what is malformed, contradictory or not offered is refused here, before anything exists.
 
 mod capabilities;
+pub(crate) mod labels;
 mod mounts;
 mod namespaces;
 mod process;
@@ -27,10 +28,6 @@ use crate::{Error, hooks::ChildHooks, seccomp};
 pub(crate) struct Host {
     /// The capabilities that can be granted.
     pub(crate) capabilities: u64,
-    /// AppArmor is active.
-    pub(crate) apparmor: bool,
-    /// SELinux is active.
-    pub(crate) selinux: bool,
     /// The executor runs in PID 1, so that what the container shares with it belongs to nobody else.
     pub(crate) owns_machine: bool,
 }
@@ -84,7 +81,7 @@ pub(crate) fn create(spec: &oci::Spec, host: Host, cgroup: Option<&str>) -> Resu
     let setup = Setup {
         hostname: hostname(&spec.Hostname, &namespaces)?,
         sysctls: sysctls::plan(&linux.Sysctl, &namespaces, host.owns_machine)?,
-        rootfs: RootfsPlan::new(spec, linux, host, cgroup)?,
+        rootfs: RootfsPlan::new(spec, linux, cgroup)?,
         hooks: ChildHooks::default(),
     };
     let seccomp = linux.Seccomp.as_ref().map(seccomp::compile).transpose()?;
@@ -168,8 +165,7 @@ pub(crate) mod test_spec {
     use super::*;
 
     /// A host that can everything.
-    pub(crate) const HOST: Host =
-        Host { capabilities: u64::MAX, apparmor: true, selinux: true, owns_machine: true };
+    pub(crate) const HOST: Host = Host { capabilities: u64::MAX, owns_machine: true };
 
     /// The least that is accepted.
     pub(crate) fn minimal() -> oci::Spec {

@@ -4,8 +4,9 @@ use bulkhead_protocol::oci;
 use serde::{Deserialize, Serialize};
 
 use super::{
-    Host, MountKind, MountPlan, NamespaceKind, NamespacePlan, absolute,
+    MountKind, MountPlan, NamespaceKind, NamespacePlan, absolute,
     mounts::{ATTR_RDONLY, Attributes, CgroupView},
+    no_nul,
 };
 use crate::Error;
 
@@ -91,17 +92,11 @@ impl RootfsPlan {
     pub(super) fn new(
         spec: &oci::Spec,
         linux: &oci::Linux,
-        host: Host,
         cgroup: Option<&str>,
     ) -> Result<RootfsPlan, Error> {
         let root = spec.Root.as_ref().ok_or_else(|| Error::Invalid("the spec has no root".to_owned()))?;
         let path = absolute("root path", &root.Path)?;
-        if !linux.MountLabel.is_empty() && !host.selinux {
-            return Err(Error::Unsupported(format!(
-                "mount label {:?}: SELinux is not active here",
-                linux.MountLabel
-            )));
-        }
+        no_nul("mount label", &linux.MountLabel)?;
         let view = match (cgroup, NamespacePlan::new(&linux.Namespaces)?.has(NamespaceKind::Cgroup)) {
             (None, _) => CgroupView::Absent,
             (Some(_), true) => CgroupView::Namespace,
@@ -190,14 +185,14 @@ impl RootfsPlan {
 #[cfg(test)]
 mod tests {
     use super::{
-        super::test_spec::{HOST, minimal, namespace},
+        super::test_spec::{minimal, namespace},
         *,
     };
 
     fn rootfs(change: impl FnOnce(&mut oci::Spec)) -> Result<RootfsPlan, Error> {
         let mut spec = minimal();
         change(&mut spec);
-        RootfsPlan::new(&spec, &spec.Linux, HOST, Some("/cg/c1"))
+        RootfsPlan::new(&spec, &spec.Linux, Some("/cg/c1"))
     }
 
     fn mount(destination: &str, type_: &str, options: &[&str]) -> oci::Mount {
@@ -264,14 +259,10 @@ mod tests {
             (linux(|l| l.MaskedPaths.push("proc".into())), "not absolute"),
             (linux(|l| l.ReadonlyPaths.push("/a/../b".into())), "\"..\""),
             (linux(|l| l.Devices.push(oci::LinuxDevice::new())), "not absolute"),
+            (linux(|l| l.MountLabel = "a\0b".into()), "NUL"),
             (rootfs(|s| s.Root.as_mut().unwrap().Path = "rootfs".into()).unwrap_err(), "not absolute"),
         ] {
             assert!(error.to_string().contains(text), "{error}");
         }
-        let mut spec = minimal();
-        spec.Linux.as_mut().unwrap().MountLabel = "a:b".into();
-        let host = Host { selinux: false, ..HOST };
-        let error = RootfsPlan::new(&spec, &spec.Linux, host, None).unwrap_err();
-        assert!(matches!(error, Error::Unsupported(_)));
     }
 }

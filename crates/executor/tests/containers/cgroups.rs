@@ -12,10 +12,13 @@ use crate::{cases, support::*};
 
 cases![
     limits_are_set_and_updated,
+    limits_that_nothing_can_exceed_are_no_obstacle,
     processes_are_in_the_cgroup_from_birth,
     a_memory_hog_is_killed,
     a_fork_bomb_is_stopped,
+    a_process_too_many_is_an_error,
     devices_are_filtered,
+    a_privileged_container_reaches_listed_devices_only,
     device_rules_can_be_replaced,
     a_paused_container_stands_still,
     nested_cgroups_are_killed_and_removed,
@@ -82,6 +85,26 @@ fn limits_are_set_and_updated() {
     finish(&container, init);
 }
 
+/// As container engines and their hosts send them to every container.
+fn limits_that_nothing_can_exceed_are_no_obstacle() {
+    let rootfs = Rootfs::new();
+    let mut spec = rootfs.spec("sleep 1000");
+    let wanted = resources(&mut spec);
+    for size in ["64KB", "2MB", "1GB", "3MB"] {
+        let limit = oci::LinuxHugepageLimit { Pagesize: size.into(), Limit: 4 << 20, ..Default::default() };
+        wanted.HugepageLimits.push(limit);
+    }
+    let memory = wanted.Memory.mut_or_insert_default();
+    (memory.Limit, memory.Swap, memory.Swappiness) = (64 << 20, 64 << 20, 60);
+    (memory.Kernel, memory.KernelTCP, memory.DisableOOMKiller) = (32 << 20, 32 << 20, true);
+    let (container, init) = start(spec);
+    assert_eq!(value(&container, "memory.max"), "67108864");
+    assert_eq!(value(&container, "memory.swap.max"), "0");
+    // What the machine has is limited.
+    assert_eq!(value(&container, "hugetlb.2MB.max"), "4194304");
+    finish(&container, init);
+}
+
 fn processes_are_in_the_cgroup_from_birth() {
     let rootfs = Rootfs::new();
     let (container, init) = start(rootfs.spec("sleep 1000"));
@@ -118,6 +141,35 @@ fn a_fork_bomb_is_stopped() {
     assert!(output.stderr.contains("can't fork"), "{output:?}");
 }
 
+/// The container's own limit, and then that of the program that makes its processes.
+fn a_process_too_many_is_an_error() {
+    let rootfs = Rootfs::new();
+    let mut spec = rootfs.spec("exec sleep 1000");
+    resources(&mut spec).Pids.mut_or_insert_default().Limit = 1;
+    let (container, init) = start(spec);
+    let error = container.exec(shell("true"), UserNames::default()).unwrap_err().to_string();
+    assert!(error.contains("no further process is allowed") && error.contains("pids.max"), "{error}");
+    let mut update = oci::LinuxResources::new();
+    update.Pids.mut_or_insert_default().Limit = 2;
+    container.update(&update).unwrap();
+    assert_eq!(exec_script(&container, "echo $((6 * 7))"), "42\n");
+
+    let few = Path::new(MOUNT).join("few");
+    fs::create_dir(&few).unwrap();
+    fs::write(few.join("cgroup.procs"), "0").unwrap();
+    fs::write(few.join("pids.max"), fs::read_to_string(few.join("pids.current")).unwrap().trim()).unwrap();
+    let made = create(rootfs.spec("true")).map(drop);
+    let run = container.exec(shell("true"), UserNames::default()).map(drop);
+    fs::write(Path::new(MOUNT).join("cgroup.procs"), "0").unwrap();
+    fs::remove_dir(few).unwrap();
+    for result in [made, run] {
+        let error = result.unwrap_err().to_string();
+        assert!(error.starts_with("starting bulkhead-init: Resource temporarily unavailable"), "{error}");
+    }
+    assert_eq!(exec_script(&container, "echo again"), "again\n");
+    finish(&container, init);
+}
+
 /// Opens of device nodes, each made by the container itself. What is allowed need not exist: only refusals are looked for.
 const PROBE: &str = "mknod /tmp/mem c 1 1; mknod /tmp/odd c 240 11; mknod /tmp/zero c 1 5; mknod /tmp/disk b 7 0; \
      for d in mem odd zero disk; do (: < /tmp/$d) 2>&1 | grep -o 'Operation not permitted' \
@@ -150,6 +202,25 @@ fn devices_are_filtered() {
     let output = exec(&container, shell(PROBE)).stdout;
     assert!(output.starts_with(refused), "{output}");
     finish(&container, init);
+}
+
+/// With every capability and nothing masked, as Kata's hosts send a privileged one: without its device rules.
+fn a_privileged_container_reaches_listed_devices_only() {
+    let rootfs = Rootfs::new();
+    let mut spec = rootfs.spec(PROBE);
+    capabilities(process(&mut spec), &["SYS_ADMIN", "SYS_RAWIO", "MKNOD", "DAC_OVERRIDE", "NET_ADMIN"]);
+    linux(&mut spec).MaskedPaths.clear();
+    linux(&mut spec).ReadonlyPaths.clear();
+    linux(&mut spec).Devices.push(oci::LinuxDevice {
+        Path: "/dev/odd".into(),
+        Type: "c".into(),
+        Major: 240,
+        Minor: 11,
+        ..Default::default()
+    });
+    let refused = "Operation not permitted\n";
+    let output = run(spec).stdout;
+    assert_eq!(output, format!("{refused}odd opened\nzero opened\n{refused}1\n"));
 }
 
 fn device_rules_can_be_replaced() {
@@ -313,12 +384,8 @@ fn nothing_is_left_after_a_failed_create() {
     assert_eq!(cgroups_below(Path::new(MOUNT)), before);
 
     process(&mut spec).Args = vec!["true".into()];
-    resources(&mut spec).HugepageLimits.push(oci::LinuxHugepageLimit {
-        Pagesize: "3MB".into(),
-        Limit: 1,
-        ..Default::default()
-    });
-    assert_refused(spec, "not supported: hugetlb.3MB.max = 1");
+    resources(&mut spec).CPU.mut_or_insert_default().Cpus = "77".into();
+    assert_refused(spec, "cgroup file /sys/fs/cgroup/pods/one/two/cpuset.cpus");
     assert_eq!(cgroups_below(Path::new(MOUNT)), before);
 }
 

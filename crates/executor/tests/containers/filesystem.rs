@@ -20,6 +20,7 @@ cases![
     proc_cannot_be_faked,
     masked_and_readonly_paths,
     a_readonly_root,
+    a_readonly_root_keeps_its_devices,
     devices,
     hostile_dev,
     shared_propagation,
@@ -176,6 +177,24 @@ fn a_readonly_root() {
     let mut spec = rootfs.spec("ls /dev/null; touch /dev/x 2>&1; echo y > /dev/null && echo writable");
     spec.Mounts[1].options.push("ro".into());
     assert_eq!(run(spec).stdout, "/dev/null\ntouch: /dev/x: Read-only file system\nwritable\n");
+}
+
+/// Read-only is all that a read-only root becomes: a node in it can be used as before.
+fn a_readonly_root_keeps_its_devices() {
+    use rustix::fs::{CWD, FileType, Mode, makedev, mknodat};
+    let rootfs = Rootfs::new();
+    let mode = Mode::from_raw_mode(0o666);
+    mknodat(CWD, rootfs.at("sink"), FileType::CharacterDevice, mode, makedev(1, 3)).unwrap();
+    let script = "echo x > /sink && echo used; awk '$5 == \"/\" { print $6 }' /proc/self/mountinfo";
+    let writable = run(rootfs.spec(script)).stdout;
+    let mut spec = rootfs.spec(script);
+    spec.Root.as_mut().unwrap().Readonly = true;
+    let readonly = run(spec).stdout;
+    assert!(writable.contains("rw,"), "{writable}");
+    assert_eq!(readonly, writable.replace("rw,", "ro,"));
+    if !writable.contains("nodev") {
+        assert!(readonly.starts_with("used\n"), "{readonly}");
+    }
 }
 
 fn devices() {

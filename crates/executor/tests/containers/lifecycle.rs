@@ -14,6 +14,7 @@ cases![
     a_dropped_container_leaves_no_parked_init,
     operations_need_the_right_state,
     a_killed_init_cannot_be_started,
+    an_init_that_is_killed_while_it_is_started,
     many_threads_create_at_once,
     terminals,
     an_exec_has_its_own_terminal,
@@ -143,6 +144,31 @@ fn a_killed_init_cannot_be_started() {
     assert_eq!(wait(process.pid), 137);
     let error = container.start().unwrap_err().to_string();
     assert!(error.contains("is stopped: cannot start"), "{error}");
+    container.delete().unwrap();
+}
+
+fn an_init_that_is_killed_while_it_is_started() {
+    let rootfs = Rootfs::new();
+    let (container, process) = create(rootfs.spec("sleep 1000")).unwrap();
+    // It cannot answer its release.
+    let init = rustix::process::Pid::from_raw(process.pid).unwrap();
+    rustix::process::kill_process(init, rustix::process::Signal::STOP).unwrap();
+    let (sender, results) = std::sync::mpsc::channel();
+    std::thread::scope(|scope| {
+        for _ in 0..2 {
+            let (sender, container) = (sender.clone(), &container);
+            scope.spawn(move || sender.send(container.start().unwrap_err()).unwrap());
+        }
+        // One is refused, because the other is at it.
+        let error = results.recv().unwrap().to_string();
+        assert!(error.ends_with("is created: cannot start"), "{error}");
+        container.signal_all(libc::SIGKILL).unwrap();
+        let error = results.recv().unwrap();
+        assert!(matches!(error, Error::WrongState { status: "stopped", .. }), "{error}");
+        let text = "is stopped: cannot start: it ended before its command was executed";
+        assert!(error.to_string().ends_with(text), "{error}");
+    });
+    assert_eq!(wait(process.pid), 137);
     container.delete().unwrap();
 }
 
