@@ -17,7 +17,7 @@ use crate::error::{During, Error, Result};
 pub(super) fn mount(job: &Job, mounted: &mut Mounted) -> Result<()> {
     let storage = &job.storage;
     let mut options = Options::parse(&storage.options)?;
-    let group = options.take("fsgid");
+    let group = options.take_group()?;
     options.data.retain(|option| option != "remount");
     let kind = match storage.fstype.as_str() {
         "tmpfs" | "" => "tmpfs",
@@ -38,14 +38,14 @@ pub(super) fn mount(job: &Job, mounted: &mut Mounted) -> Result<()> {
     let target = Target::directory(&storage.mount_point, mounted)?;
     let name = if storage.source.is_empty() { kind } else { &storage.source };
     mount_on(name, &target, kind, &options, mounted)?;
-    group.map_or(Ok(()), |group| give_to_group(target.path(), &group))
+    group.map_or(Ok(()), |group| give_to_group(target.path(), group))
 }
 
 /// Gives a mounted tmpfs other options, its size above all. What the request does not name stays as it is. Blocks.
 pub(super) fn update(present: &Storage, wanted: &Storage) -> Result<()> {
     let what = || format!("update the ephemeral storage on {}", wanted.mount_point);
     let mut options = Options::parse(&wanted.options)?;
-    let group = options.take("fsgid");
+    let group = options.take_group()?;
     options.data.retain(|option| option != "remount");
     if present.fstype == "hugetlbfs" && !options.data.is_empty() {
         return Err(Error::Unsupported(format!(
@@ -64,7 +64,7 @@ pub(super) fn update(present: &Storage, wanted: &Storage) -> Result<()> {
         rustix::mount::mount_remount(target.fixed_path(), kept | options.flags | MountFlags::BIND, c"")
             .during(what)?;
     }
-    group.map_or(Ok(()), |group| give_to_group(target.path(), &group))
+    group.map_or(Ok(()), |group| give_to_group(target.path(), group))
 }
 
 /// Flags that statvfs(2) and mount(2) have in common, by the same bits.
