@@ -103,8 +103,18 @@ fn reconfigure(target: &Target, options: &[String], what: impl Fn() -> String + 
 
 #[cfg(test)]
 mod tests {
+    use std::{sync::Arc, time::Duration};
+
     use super::*;
-    use crate::storage::apart::apart;
+    use crate::{
+        boot::Guest,
+        device::Devices,
+        storage::{
+            Storages,
+            apart::apart,
+            disks::{alone, mounts_below},
+        },
+    };
 
     fn storage(mount_point: &str, options: &[&str]) -> Storage {
         Storage {
@@ -179,6 +189,47 @@ mod tests {
             assert!(matches!(update(storage(&path, &["colour=red"])).await.unwrap_err(), Error::Invalid(_)));
             assert!(matches!(update(storage("/../x", &[])).await.unwrap_err(), Error::Invalid(_)));
             storages.clear().await;
+        });
+    }
+
+    #[test]
+    fn huge_pages_of_a_request_that_fails_go_back_to_the_pool() {
+        const POOLS: &str = "/sys/kernel/mm/hugepages";
+        if !std::fs::exists(format!("{POOLS}/hugepages-2048kB")).unwrap() {
+            return eprintln!("skipped: the kernel has no huge pages of 2 MiB");
+        }
+        alone(|| {
+            // A pool of the test's own.
+            rustix::mount::mount("tmpfs", POOLS, "tmpfs", MountFlags::empty(), c"").unwrap();
+            let pool = format!("{POOLS}/hugepages-2048kB/nr_hugepages");
+            std::fs::create_dir(format!("{POOLS}/hugepages-2048kB")).unwrap();
+            std::fs::write(&pool, "5").unwrap();
+            let huge = |name: &str, pages: u64| Storage {
+                fstype: "hugetlbfs".into(),
+                source: "nodev".into(),
+                ..storage(
+                    &format!("/run/kata-containers/sandbox/ephemeral/{name}"),
+                    &[&format!("pagesize=2097152,size={}", pages << 21)],
+                )
+            };
+            let bad = storage("relative", &[]);
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
+            runtime.block_on(async {
+                let devices = Arc::new(Devices::new(Duration::ZERO, false));
+                let storages = Storages::new(Arc::new(Guest::own()), devices);
+                let pages = || std::fs::read_to_string(&pool).unwrap();
+                let first = huge("first", 3);
+                storages.add_all(vec![first.clone()], Some("c1")).await.unwrap();
+                assert_eq!(pages(), "8");
+                for _ in 0..2 {
+                    let request = vec![first.clone(), huge("second", 2), bad.clone()];
+                    assert!(storages.add_all(request, Some("c2")).await.is_err());
+                    assert_eq!(pages(), "8");
+                    assert_eq!(mounts_below("/run"), [first.mount_point.as_str()]);
+                }
+                storages.clear().await;
+                assert_eq!(pages(), "5");
+            });
         });
     }
 
