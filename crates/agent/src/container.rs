@@ -12,11 +12,13 @@
 
 use std::{
     collections::{HashMap, VecDeque},
+    os::fd::{BorrowedFd, OwnedFd},
     sync::{Arc, Mutex, Weak},
 };
 
 use bulkhead_executor::UserNames;
 use bulkhead_protocol::oci;
+use rustix::event::{PollFd, PollFlags, Timespec};
 use tokio::sync::Notify;
 
 use crate::{
@@ -301,9 +303,21 @@ impl Container {
     }
 
     /// A descriptor that keeps init's pid namespace.
-    pub(crate) fn pid_namespace(&self) -> Result<std::os::fd::OwnedFd> {
-        let path = format!("/proc/{}/ns/pid", self.executor.init_pid());
-        std::fs::File::open(&path).during(|| format!("open {path}")).map(Into::into)
+    pub(crate) fn pid_namespace(&self) -> Result<OwnedFd> {
+        pid_namespace(self.executor.init_pid(), self.executor.init_pidfd())
+    }
+}
+
+fn pid_namespace(pid: i32, pidfd: BorrowedFd<'_>) -> Result<OwnedFd> {
+    let path = format!("/proc/{pid}/ns/pid");
+    let namespace = std::fs::File::open(&path).during(|| format!("open {path}"))?;
+    // Until its process ends, a pid is no other's.
+    let mut ended = [PollFd::new(&pidfd, PollFlags::IN)];
+    match rustix::event::poll(&mut ended, Some(&Timespec::default()))
+        .during(|| format!("poll process {pid}"))?
+    {
+        0 => Ok(namespace.into()),
+        _ => Err(Error::State(format!("process {pid} ended before its pid namespace was kept"))),
     }
 }
 
@@ -379,6 +393,8 @@ fn remember(signals: &mut Vec<i32>, signal: i32) {
 
 #[cfg(test)]
 mod tests {
+    use std::os::fd::AsFd;
+
     use super::*;
 
     #[test]
@@ -388,6 +404,21 @@ mod tests {
         assert!(matches!(execs.reserve("e", "c"), Err(Error::Exists(_))));
         assert!(matches!(execs.reserve("c", "c"), Err(Error::Exists(_))));
         assert!(matches!(execs.reserve("", "c"), Err(Error::Invalid(_))));
+    }
+
+    #[test]
+    fn the_pid_namespace_of_a_process_that_has_ended_is_not_taken_from_another_of_its_pid() {
+        let own = rustix::process::getpid();
+        let open = |pid| rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::empty()).unwrap();
+        let own_number = own.as_raw_nonzero().get();
+        pid_namespace(own_number, open(own).as_fd()).unwrap();
+        let mut child = std::process::Command::new("/bin/sleep").arg("1000").spawn().unwrap();
+        let ended = open(rustix::process::Pid::from_child(&child));
+        child.kill().unwrap();
+        // The reaper of another test may have been quicker.
+        let _ = child.wait();
+        let taken = pid_namespace(own_number, ended.as_fd());
+        assert!(matches!(taken, Err(Error::State(_))), "{taken:?}");
     }
 
     fn own_process() -> Arc<Process> {
