@@ -60,6 +60,7 @@ use error::{During, Result};
 /// The program's `main`.
 pub fn main() -> ExitCode {
     bulkhead_executor::child_main();
+    console::child_main();
     let times = boot::Times { started: boot::uptime(), listening: Arc::new(OnceLock::new()) };
     let init = boot::is_init();
     let mut ended = if init { run_as_init(times) } else { run_as_process(times) };
@@ -79,13 +80,13 @@ fn report(ended: &Result<()>) {
 }
 
 fn run_as_init(times: boot::Times) -> Result<()> {
-    let initramfs = boot::prepare()?;
-    let (config, report) = Config::of_init(&initramfs)?;
+    let image = boot::prepare()?;
+    let (config, report) = Config::of_init(&image)?;
     let log = log::start(config.log_level, config.log_port != 0);
     report.log();
     let guest = Arc::new(boot::Guest::own());
     let finishing = Arc::clone(&guest);
-    run(server::serve(config, guest, times, log, move || boot::finish(initramfs, finishing)))
+    run(server::serve(config, guest, times, log, move || boot::finish(image, finishing)))
 }
 
 fn run_as_process(times: boot::Times) -> Result<()> {

@@ -195,8 +195,9 @@ impl Sandbox {
                 Arc::clone(&self.guest),
                 request.devices.iter().map(|device| device.type_.clone()).collect(),
             );
-            blocking(move || kinds.iter().try_for_each(|kind| guest.load_drivers(kind))).await?;
-            self.devices.plug(&id, &request.devices, &mut spec).await?;
+            let missing = blocking(move || guest.load_drivers(&kinds)).await?;
+            let plugged = self.devices.plug(&id, &request.devices, &mut spec).await;
+            plugged.map_err(|error| missing.explain(error))?;
             let guest_hooks = Arc::clone(&lock(&self.state).guest_hooks);
             guest_hooks.add_to(&mut spec);
             let user = user_names(request.string_user.into_option());

@@ -67,14 +67,24 @@ impl Policy {
     /// The policy of a file; of the image's own one, if there is one, when the name is empty. A guest whose policy cannot be
     /// read must not take requests.
     pub(crate) fn load(file: &Path) -> Result<Policy> {
-        let is_default = file.as_os_str().is_empty();
-        let path = if is_default { Path::new(DEFAULT_FILE) } else { file };
-        let text = match fs::metadata(path).and_then(|metadata| read(path, &metadata)) {
-            Err(error) if is_default && error.kind() == io::ErrorKind::NotFound => {
-                return Ok(Policy::default());
-            }
-            text => text.during(|| format!("read the policy {}", path.display()))?,
-        };
+        if file.as_os_str().is_empty() {
+            Policy::of_image(Path::new(DEFAULT_FILE))
+        } else {
+            Policy::of_file(file)
+        }
+    }
+
+    /// A link that leads nowhere is a policy that cannot be read.
+    fn of_image(path: &Path) -> Result<Policy> {
+        match fs::symlink_metadata(path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Policy::default()),
+            _ => Policy::of_file(path),
+        }
+    }
+
+    fn of_file(path: &Path) -> Result<Policy> {
+        let text = fs::metadata(path).and_then(|metadata| read(path, &metadata));
+        let text = text.during(|| format!("read the policy {}", path.display()))?;
         let policy = Policy::default();
         policy.put(&text)?;
         Ok(policy)
