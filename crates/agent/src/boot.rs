@@ -138,7 +138,7 @@ pub(crate) fn prepare() -> Result<Image> {
 
 /// Does the rest behind the server's back.
 pub(crate) fn finish(image: Image, guest: Arc<Guest>) {
-    std::thread::spawn(move || {
+    crate::sync::spawn_blocking(move || {
         match mount_cgroups() {
             Ok(()) => drop(guest.cgroups.set(CGROUPS.into())),
             Err(error) => tracing::error!(%error, "containers go without limits"),

@@ -99,7 +99,7 @@ impl Container {
         let executor = Arc::new(executor);
         let exiting = Arc::clone(&executor);
         // The last descriptor of its mount namespace may go with it, and so the mounts, which can hang.
-        let on_exit = move |_| drop(crate::sync::spawn_blocking(move || exiting.exited()));
+        let on_exit = move |_| crate::sync::spawn_blocking(move || exiting.exited());
         match Process::adopt(process, pipe_size, &spawning, Box::new(on_exit)) {
             Ok(init) => Ok(Arc::new(Container {
                 id,
@@ -275,14 +275,21 @@ impl Container {
         // First of all: an init that is still parked would end by itself, with a code of its own, once it is let go.
         self.init.signal(libc::SIGKILL)?;
         lock(&self.execs).closed = true;
-        let execs = self.kill_execs()?;
+        self.kill_execs()?;
         let executor = Arc::clone(&self.executor);
         blocking(move || Ok(executor.delete()?)).await?;
+        // Also those that had ended before: their output may be on the way to a host that does not read.
+        let execs = lock(&self.execs).processes();
         for process in execs.iter().chain([&self.init]) {
             process.ended().await;
             process.copy_ends();
         }
         Ok(())
+    }
+
+    /// Whether it is being destroyed, or was.
+    pub(crate) fn closed(&self) -> bool {
+        lock(&self.execs).closed
     }
 
     /// Kills every process of the container; one that has ended already is no error.
@@ -296,10 +303,9 @@ impl Container {
     }
 
     /// Without a cgroup, and in a pid namespace that the container shares, nothing but this reaches the execs.
-    fn kill_execs(&self) -> Result<Vec<Arc<Process>>> {
+    fn kill_execs(&self) -> Result<()> {
         let execs = lock(&self.execs).killed();
-        execs.iter().try_for_each(|process| process.signal(libc::SIGKILL))?;
-        Ok(execs)
+        execs.iter().try_for_each(|process| process.signal(libc::SIGKILL))
     }
 
     /// A descriptor that keeps init's pid namespace.
@@ -355,8 +361,10 @@ impl Execs {
         self.compact(exec_id);
         if self.ended.len() > ENDED_EXECS
             && let Some(oldest) = self.ended.pop_front()
+            && let Some(Exec::Ended(process)) = self.by_id.remove(&oldest)
         {
-            self.by_id.remove(&oldest);
+            // Nobody could tell whoever copies its output to give up later.
+            process.copy_ends();
         }
     }
 
@@ -368,6 +376,15 @@ impl Execs {
         {
             *entry = Exec::Exited(code);
         }
+    }
+
+    /// Everything that is live, or has ended and is not drained.
+    fn processes(&self) -> Vec<Arc<Process>> {
+        let process = |exec: &Exec| match exec {
+            Exec::Live(process) | Exec::Ended(process) => Some(Arc::clone(process)),
+            Exec::Starting(_) | Exec::Exited(_) => None,
+        };
+        self.by_id.values().filter_map(process).collect()
     }
 
     /// Everything that runs, to be killed; what is starting will be.

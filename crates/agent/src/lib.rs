@@ -43,6 +43,7 @@ mod storage;
 mod stream;
 mod sync;
 mod sys;
+mod threads;
 mod trace;
 mod tree;
 mod volume;
@@ -51,7 +52,6 @@ mod watcher;
 use std::{
     process::ExitCode,
     sync::{Arc, OnceLock},
-    time::Duration,
 };
 
 use config::{Command, Config, USAGE};
@@ -108,17 +108,7 @@ fn run_as_process(times: boot::Times) -> Result<()> {
 }
 
 fn run(server: impl Future<Output = Result<()>>) -> Result<()> {
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        // A thread is made only for work that is there, and each container gets no more than its lanes are wide: what
-        // hangs in many of them leaves enough for the next.
-        .max_blocking_threads(2048)
-        // An idle agent keeps no thread but its own.
-        .thread_keep_alive(Duration::from_secs(1))
-        .build()
-        .during(|| "start the runtime".into())?;
-    let ended = runtime.block_on(server);
-    // Work that hangs in the kernel must not keep a sandbox that has ended.
-    runtime.shutdown_background();
-    ended
+    let what = || "start the runtime".to_owned();
+    threads::reserve().during(what)?;
+    tokio::runtime::Builder::new_current_thread().enable_all().build().during(what)?.block_on(server)
 }

@@ -371,10 +371,11 @@ impl Sandbox {
     }
 
     async fn take_apart(&self, container: Arc<Container>) -> Result<()> {
-        // The last look: the figure goes with the cgroup.
-        self.oom.unwatch(container.id());
+        // The last look, after which it is still watched if it stays: the figure goes with the cgroup.
+        self.oom.look_at(container.id());
         let destroyed = container.destroy().await;
         if destroyed.is_ok() {
+            self.oom.unwatch(container.id());
             self.storages.release_all(&container.storages).await;
             self.devices.forget(container.id());
         }
