@@ -25,6 +25,8 @@ const PACKAGE: &str = "agent_policy";
 const DEPTH: usize = 32;
 /// Variables of a body.
 const VARIABLES: usize = 64;
+/// Bytes of an import's path: more than any that is known.
+const IMPORT: usize = 64;
 /// Rules, statements and terms altogether.
 const SIZE: usize = 250_000;
 /// Words that are no names.
@@ -174,9 +176,14 @@ impl<'t> Parser<'t> {
     fn import(&mut self) -> Result<(), Fault> {
         let start = self.take()?;
         let mut path = self.name()?.to_owned();
-        while self.is(".") && !self.now.first {
+        while self.is(".") && !self.now.first && path.len() <= IMPORT {
+            self.grow()?;
             self.take()?;
-            path = format!("{path}.{}", self.name()?);
+            path.push('.');
+            path.push_str(self.name()?);
+        }
+        if path.len() > IMPORT {
+            return Err(start.fault(format!("the path of an import is longer than {IMPORT} bytes")));
         }
         let harmless = ["rego.v1", "future.keywords"].contains(&path.as_str())
             || ["if", "in", "every", "contains"].iter().any(|word| path == format!("future.keywords.{word}"));
@@ -368,9 +375,13 @@ impl<'t> Parser<'t> {
         let mut names = Vec::new();
         loop {
             let place = self.now.clone();
+            self.grow()?;
             names.push((self.name()?, place));
             if !self.is(",") {
                 return Ok(names);
+            }
+            if names.len() == VARIABLES {
+                return Err(self.now.fault(format!("a body has more than {VARIABLES} variables")));
             }
             self.take()?;
         }
