@@ -27,7 +27,8 @@ impl World {
     pub(crate) fn new() -> World {
         static COUNT: AtomicU64 = AtomicU64::new(0);
         let number = COUNT.fetch_add(1, Ordering::Relaxed);
-        let world = World(std::env::temp_dir().join(format!("bulkhead-fuzz-{}-{number}", std::process::id())));
+        let world =
+            World(std::env::temp_dir().join(format!("bulkhead-fuzz-{}-{number}", std::process::id())));
         let made = || {
             fs::create_dir_all(world.root().join("a/b"))?;
             fs::create_dir(world.outside())?;
@@ -56,7 +57,8 @@ impl World {
         let precious = self.outside().join("precious");
         assert_eq!(fs::read(&precious).ok().as_deref(), Some(&b"precious"[..]));
         assert_eq!((count(&self.0), count(&self.outside())), (Some(2), Some(1)));
-        let owner = |path: &Path| fs::metadata(path).map(|file| std::os::unix::fs::MetadataExt::uid(&file)).ok();
+        let owner =
+            |path: &Path| fs::metadata(path).map(|file| std::os::unix::fs::MetadataExt::uid(&file)).ok();
         assert_eq!(owner(&precious), owner(&self.0), "the owner was changed");
     }
 }

@@ -452,7 +452,8 @@ pub(crate) fn fuzz(text: &str) {
         let (uid, gid) = (7, -1);
         let path = format!("{GUEST_SHARE}/{path}");
         let (data, offset) = (data.as_bytes().to_vec(), offset.parse().unwrap_or(0));
-        let request = CopyFileRequest { path, file_size, file_mode, uid, gid, offset, data, ..Default::default() };
+        let request =
+            CopyFileRequest { path, file_size, file_mode, uid, gid, offset, data, ..Default::default() };
         let _ = copies.copy(request);
     }
     copies.clear();

@@ -9,7 +9,9 @@ use bulkhead_protocol::{
     protobuf::{Message, reflect::MessageDescriptor},
 };
 
-use crate::{config, copy, device, json, metrics, modules, network, oom, policy, process, storage, trace, tree, volume};
+use crate::{
+    config, copy, device, json, metrics, modules, network, oom, policy, process, storage, trace, tree, volume,
+};
 
 #[cfg(test)]
 #[path = "../../../fuzz/shared/corpus.rs"]

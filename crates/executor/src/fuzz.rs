@@ -54,12 +54,18 @@ pub fn oci_spec(data: &[u8]) {
     if let Some(linux) = spec.Linux.as_ref() {
         linux.Seccomp.as_ref().map(seccomp::fuzz);
         let resources = linux.Resources.as_ref();
-        device_filter::fuzz(resources.map(|resources| &resources.Devices[..]).unwrap_or_default(), &linux.Devices);
+        device_filter::fuzz(
+            resources.map(|resources| &resources.Devices[..]).unwrap_or_default(),
+            &linux.Devices,
+        );
         resources.map(cgroup::fuzz_limits);
     }
     let path = spec.Linux.as_ref().map(|linux| linux.CgroupsPath.as_str()).unwrap_or_default();
     if let Ok(path) = cgroup::relative_path(path) {
-        assert!(path.is_relative() && path.components().all(|part| matches!(part, std::path::Component::Normal(_))));
+        assert!(
+            path.is_relative()
+                && path.components().all(|part| matches!(part, std::path::Component::Normal(_)))
+        );
     }
 }
 

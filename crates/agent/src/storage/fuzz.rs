@@ -3,7 +3,11 @@
 use bulkhead_protocol::{agent::Storage, ports::GUEST_STATE};
 
 use super::{
-    Mounted, backing, block, hugepages::Need, local, mount::{self, Options, Target}, multi_layer,
+    Mounted, backing, block,
+    hugepages::Need,
+    local,
+    mount::{self, Options, Target},
+    multi_layer,
 };
 use crate::fuzz::{World, lines, words};
 
