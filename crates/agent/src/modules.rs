@@ -263,6 +263,18 @@ fn unpack(packed: &[u8]) -> Option<Vec<u8>> {
     lz4_flex::block::decompress(block, size).ok().filter(|module| module.len() == size)
 }
 
+#[cfg(any(test, fuzzing))]
+/// A packed module, and an index of modules in the same bytes.
+pub(crate) fn fuzz(data: &[u8]) {
+    let _ = unpack(data);
+    if let Some((name, index)) = std::str::from_utf8(data).ok().and_then(|text| text.split_once('\n'))
+        && let Ok(name) = canonical(name)
+    {
+        assert!(!name.contains('/') && before(index, &name).is_none_or(|before| !before.contains('\n')));
+        let _ = unknown(&name, index);
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

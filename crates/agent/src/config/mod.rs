@@ -12,6 +12,8 @@
 mod arguments;
 mod environment;
 mod file;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzz;
 mod kernel_line;
 mod settings;
 mod value;

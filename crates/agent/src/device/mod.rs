@@ -8,6 +8,8 @@
 
 mod block;
 mod env;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzz;
 mod net;
 mod pci;
 mod request;

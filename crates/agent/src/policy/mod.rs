@@ -286,3 +286,13 @@ pub(crate) fn fuzz_input(bytes: &[u8]) {
     };
     let _ = input::of_bytes(request.name(), bytes);
 }
+
+/// A request that is understood is held against a policy that looks at it.
+#[cfg(any(test, fuzzing))]
+pub(crate) fn fuzz_request(name: &str, bytes: &[u8]) {
+    let Ok(rules) = Rules::new(&format!("package agent_policy\n{name} if {{ some x in input; x == 1 }}"))
+    else {
+        return;
+    };
+    let _ = rules.check(name, || input::of_bytes(name, bytes));
+}

@@ -384,6 +384,13 @@ fn large_texts_are_refused() {
             .contains("line 2, column 1: the line is longer")
     );
     assert!(fault("\0".repeat(4 << 20)).contains("longer than"));
+    let variables = "a,\n".repeat(100_000);
+    assert!(
+        fault(format!("package agent_policy\nx if {{ some {variables} }}"))
+            .contains("more than 64 variables")
+    );
+    let path = ".a".repeat(10_000);
+    assert!(fault(format!("package agent_policy\nimport a{path}")).contains("longer than 64 bytes"));
     let elements = "\"x\",".repeat(10_000) + "\n";
     assert!(
         fault(format!("package agent_policy\nx := [{}]", elements.repeat(26)))

@@ -33,7 +33,7 @@ pub(super) async fn find(
 }
 
 /// A file of `/dev`, and nothing that leads elsewhere.
-fn node(source: &str) -> Result<&str> {
+pub(super) fn node(source: &str) -> Result<&str> {
     let name = source.strip_prefix("/dev/").filter(|name| {
         !name.is_empty() && Path::new(name).components().all(|part| matches!(part, Component::Normal(_)))
     });

@@ -94,7 +94,7 @@ pub(super) fn mount_disk(
 }
 
 /// Whether the driver options ask for a new file system.
-fn wants_filesystem(storage: &Storage) -> Result<bool> {
+pub(super) fn wants_filesystem(storage: &Storage) -> Result<bool> {
     let mut wanted = false;
     for option in &storage.driver_options {
         let (key, value) = option.split_once('=').unwrap_or((option, "true"));

@@ -24,7 +24,7 @@ pub(super) fn mount(job: &Job, mounted: &mut Mounted) -> Result<()> {
     group.map_or(Ok(()), |group| give_to_group(target.path(), group))
 }
 
-fn octal(mode: &str) -> Result<u32> {
+pub(super) fn octal(mode: &str) -> Result<u32> {
     u32::from_str_radix(mode, 8)
         .ok()
         .filter(|mode| *mode <= 0o7777)

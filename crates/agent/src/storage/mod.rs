@@ -9,6 +9,8 @@ mod bind;
 mod block;
 mod ephemeral;
 mod fs_group;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzz;
 mod hugepages;
 mod local;
 mod mount;
