@@ -464,6 +464,23 @@ mod tests {
         assert!(!execs.by_id.contains_key("0") && execs.by_id.contains_key("1"));
     }
 
+    #[tokio::test]
+    async fn an_exec_that_has_ended_is_told_of_a_removal_and_when_it_is_forgotten() {
+        let (oldest, other) = (own_process(), own_process());
+        oldest.copy_begins();
+        let mut execs = Execs::default();
+        for n in 0..=ENDED_EXECS {
+            let id = n.to_string();
+            let process = if n == 0 { &oldest } else { &other };
+            execs.by_id.insert(id.clone(), Exec::Live(Arc::clone(process)));
+            assert!(n > 1 || execs.killed().len() == 1);
+            execs.ended(&id);
+            assert!(n > 0 || execs.killed().is_empty() && execs.processes().len() == 1);
+        }
+        // Its output is not drained; whoever copies that gives up.
+        assert!(tokio::time::timeout(std::time::Duration::from_secs(30), oldest.copied()).await.is_ok());
+    }
+
     #[test]
     fn an_exec_that_ends_while_it_starts_is_not_counted_before_it_is_live() {
         let mut execs = Execs::default();

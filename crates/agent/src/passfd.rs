@@ -348,7 +348,8 @@ mod tests {
         rustix::pty::grantpt(&master).unwrap();
         rustix::pty::unlockpt(&master).unwrap();
         let name = rustix::pty::ptsname(&master, Vec::new()).unwrap();
-        let slave = rustix::fs::open(name, OFlags::RDWR | OFlags::NOCTTY | OFlags::NONBLOCK, Mode::empty()).unwrap();
+        let slave =
+            rustix::fs::open(name, OFlags::RDWR | OFlags::NOCTTY | OFlags::NONBLOCK, Mode::empty()).unwrap();
         let (with_terminal, _exits) =
             process(bulkhead_executor::Streams { terminal: Some(master), ..Default::default() });
         let (stdin, stdin_writer) = pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK).unwrap();
@@ -359,7 +360,13 @@ mod tests {
 
         let stdin = crate::sys::watch(stdin, tokio::io::Interest::READABLE).unwrap();
         let mut byte = [0];
-        stdin.readable().await.unwrap().try_io(|fd| Ok(rustix::io::read(fd.get_ref(), &mut byte)?)).unwrap().unwrap();
+        stdin
+            .readable()
+            .await
+            .unwrap()
+            .try_io(|fd| Ok(rustix::io::read(fd.get_ref(), &mut byte)?))
+            .unwrap()
+            .unwrap();
         // The pipe has ended, so the terminal's task has run, too. What was typed then would come before this.
         with_terminal.streams.stdin.write(b"typed\n", with_terminal.exit()).await.unwrap();
         let mut line = [0; 16];

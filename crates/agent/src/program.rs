@@ -40,7 +40,8 @@ pub(crate) struct Output {
 impl Output {
     /// What it said, for a message: the beginning of the standard error, else of the standard output, in one line.
     pub(crate) fn words(&self) -> String {
-        let said = if self.stderr.trim_ascii().is_empty() { &self.stdout } else { &self.stderr }.trim_ascii_start();
+        let said =
+            if self.stderr.trim_ascii().is_empty() { &self.stdout } else { &self.stderr }.trim_ascii_start();
         let said = said.get(..WORDS).unwrap_or(said);
         String::from_utf8_lossy(said).split_whitespace().collect::<Vec<_>>().join(" ")
     }

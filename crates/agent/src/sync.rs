@@ -148,11 +148,15 @@ mod tests {
         let lane = Lane::new(1);
         let (_hang, hung) = std::sync::mpsc::channel::<()>();
         let hanging = lane.clone();
-        let _first = tokio::spawn(async move { hanging.bounded("look", move || Ok(hung.recv().is_ok())).await });
+        let _first =
+            tokio::spawn(async move { hanging.bounded("look", move || Ok(hung.recv().is_ok())).await });
         while lane.0.available_permits() > 0 {
             tokio::task::yield_now().await;
         }
         let told = lane.bounded("look at a volume", || Ok(())).await.unwrap_err();
-        assert!(matches!(&told, Error::Timeout(text) if text.starts_with("cannot look at a volume: ")), "{told}");
+        assert!(
+            matches!(&told, Error::Timeout(text) if text.starts_with("cannot look at a volume: ")),
+            "{told}"
+        );
     }
 }

@@ -159,8 +159,7 @@ mod tests {
 
     #[test]
     fn there_can_be_many_but_not_any_number() {
-        let devices: Vec<_> =
-            (0..=MOST).map(|n| device("blk", "02", "", &format!("/dev/disk{n}"))).collect();
+        let devices: Vec<_> = (0..=MOST).map(|n| device("blk", "02", "", &format!("/dev/disk{n}"))).collect();
         assert_eq!(plan(&devices[1..]).unwrap().len(), MOST);
         assert!(matches!(plan(&devices), Err(Error::Invalid(_))));
     }

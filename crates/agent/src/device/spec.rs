@@ -262,7 +262,8 @@ mod tests {
             ("/dev/vfio/2", 'c', "/dev/vfio/3", 244, 3),
             ("/dev/vfio/3", 'c', "/dev/vfio/1", 244, 1),
         ];
-        let listed = [("/dev/vfio/1", "c", 244, 1), ("/dev/vfio/2", "c", 244, 2), ("/dev/vfio/3", "c", 244, 3)];
+        let listed =
+            [("/dev/vfio/1", "c", 244, 1), ("/dev/vfio/2", "c", 244, 2), ("/dev/vfio/3", "c", 244, 3)];
         let allowed = listed.map(|(_, kind, major, minor)| (true, kind, major, minor));
         for order in [[0, 1, 2], [0, 2, 1], [1, 0, 2], [1, 2, 0], [2, 0, 1], [2, 1, 0]] {
             let mut spec = spec(&listed, &allowed);

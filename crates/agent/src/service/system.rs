@@ -57,7 +57,8 @@ fn memory_block_size() -> Result<u64> {
 /// The agent's figures.
 pub(super) async fn metrics(service: &Service, _: GetMetricsRequest) -> Result<Metrics> {
     let metrics = service.metrics.clone();
-    let metrics = service.lanes.metrics.bounded("look at the guest's figures", move || Ok(metrics.text())).await?;
+    let metrics =
+        service.lanes.metrics.bounded("look at the guest's figures", move || Ok(metrics.text())).await?;
     Ok(Metrics { metrics, ..Default::default() })
 }
 

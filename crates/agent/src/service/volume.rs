@@ -12,11 +12,7 @@ use bulkhead_protocol::{
 };
 
 use super::{Service, system::own_machine};
-use crate::{
-    error::Result,
-    sync::to_the_end,
-    volume,
-};
+use crate::{error::Result, sync::to_the_end, volume};
 
 /// How full a volume is.
 pub(super) async fn stats(service: &Service, request: VolumeStatsRequest) -> Result<VolumeStatsResponse> {
