@@ -2,6 +2,9 @@
 
 use std::{fs, path::Path};
 
+/// A target and its name.
+type Named = (&'static str, fn(&[u8]));
+
 /// The files of a target's corpus.
 fn corpus(name: &str) -> Vec<Vec<u8>> {
     let fuzz = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fuzz");
@@ -13,7 +16,7 @@ fn corpus(name: &str) -> Vec<Vec<u8>> {
 }
 
 /// Feeds the corpora to their targets.
-pub(crate) fn feed(targets: &[(&str, fn(&[u8]))]) {
+pub(crate) fn feed(targets: &[Named]) {
     for (name, target) in targets {
         corpus(name).iter().for_each(|file| target(file));
         target(&[]);
@@ -21,7 +24,7 @@ pub(crate) fn feed(targets: &[(&str, fn(&[u8]))]) {
 }
 
 /// A fuzzer for toolchains that have none: the same changes each time, `BULKHEAD_FUZZ_ROUNDS` for more of them.
-pub(crate) fn change(targets: &[(&str, fn(&[u8]))]) {
+pub(crate) fn change(targets: &[Named]) {
     let rounds = std::env::var("BULKHEAD_FUZZ_ROUNDS").map_or(300, |rounds| rounds.parse().unwrap());
     let mut state = 0x9e37_79b9_7f4a_7c15_u64;
     let mut random = move |below: usize| {

@@ -107,16 +107,12 @@ pub(crate) fn fuzz(text: &str) {
     let world = crate::fuzz::World::new();
     let Ok(root) = open(&world.root(), OFlags::RDONLY | OFlags::DIRECTORY) else { return };
     for line in crate::fuzz::lines(text) {
-        if let Ok(found) = open_below(&root, Path::new(line), OFlags::PATH) {
+        let name = CString::new(line).unwrap_or_default();
+        let opened =
+            [open_below(&root, Path::new(line), OFlags::PATH), open_entry(&root, &name, OFlags::PATH)];
+        for found in opened.into_iter().flatten() {
             let real = std::fs::read_link(by_descriptor(&found)).unwrap_or_default();
             assert!(real.starts_with(world.root()), "{line:?} is {}", real.display());
-        }
-        if let Ok(name) = CString::new(line) {
-            assert!(
-                !line.contains('/')
-                    || open_entry(&root, &name, OFlags::RDONLY).is_err()
-                    || !line.contains("..")
-            );
         }
     }
     for name in entries(&root).unwrap_or_default() {
