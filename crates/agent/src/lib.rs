@@ -50,6 +50,7 @@ mod volume;
 mod watcher;
 
 use std::{
+    io::Write,
     process::ExitCode,
     sync::{Arc, OnceLock},
 };
@@ -75,7 +76,8 @@ pub fn main() -> ExitCode {
 
 fn report(ended: &Result<()>) {
     if let Err(error) = ended {
-        eprintln!("bulkhead-agent: {error}");
+        // Not the macro, which panics without a console.
+        let _ = writeln!(std::io::stderr(), "bulkhead-agent: {error}");
     }
 }
 
