@@ -24,6 +24,8 @@ mod apart;
 #[cfg(test)]
 mod disks;
 
+pub(crate) use block::{allow_bound, is_bound};
+
 use std::{
     collections::HashMap,
     path::{Path, PathBuf},
