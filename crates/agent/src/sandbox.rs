@@ -36,7 +36,7 @@ use crate::{
     reaper::Reaper,
     service::user_names,
     shared_mounts,
-    storage::Storages,
+    storage::{Storages, allow_bound, is_bound},
     sync::{blocking, lock},
 };
 
@@ -201,8 +201,9 @@ impl Sandbox {
             let guest_hooks = Arc::clone(&lock(&self.state).guest_hooks);
             guest_hooks.add_to(&mut spec);
             let user = user_names(request.string_user.into_option());
+            let bound = request.storages.iter().filter(|storage| is_bound(storage)).cloned().collect();
             let storages = self.storages.add_all(request.storages, Some(&id)).await?;
-            let made = self.make(&id, spec, user, &shared, storages.clone()).await;
+            let made = self.make(&id, spec, bound, user, &shared, storages.clone()).await;
             let made = self.complete(made, request.shared_mounts).await;
             if made.is_err() {
                 self.storages.cancel_all(&storages).await;
@@ -275,11 +276,13 @@ impl Sandbox {
         &self,
         id: &str,
         mut spec: oci::Spec,
+        bound: Vec<Storage>,
         user: UserNames,
         shared: &Shared,
         storages: Vec<String>,
     ) -> Result<Arc<Container>> {
         namespaces::settle(&mut spec, shared);
+        let spec = blocking(move || allow_bound(&bound, &mut spec).map(|()| spec)).await?;
         let config = bulkhead_executor::Config {
             id: id.to_owned(),
             spec,

@@ -180,7 +180,10 @@ fn a_disk_is_bound_into_a_container_as_it_is(scratch: &Scratch) -> anyhow::Resul
             let look = "[ -b /dev/xda ] && dd if=/dev/xda bs=2 skip=540 count=1 | od -An -tx1 && grep /dev/xda /proc/self/mountinfo";
             let seen = agent.line("c1", "look", look).await?;
             ensure!(seen.contains("53 ef"), "{options:?}: {seen}");
-            ensure!(seen.contains(" rw,") == can_write, "{options:?}: {seen}");
+            ensure!(seen.contains("/dev/xda rw,") == can_write, "{options:?}: {seen}");
+            let write = "dd if=/dev/zero of=/dev/xda bs=512 count=1 conv=notrunc";
+            let (output, code) = agent.shell("c1", "write", write).await?;
+            ensure!((code == 0) == can_write, "{options:?}: {output}");
             agent.remove("c1").await?;
             let left = mounts(agent, &format!("m{round}"), VOLUMES).await?;
             ensure!(left.is_empty(), "{left:?}");

@@ -104,6 +104,18 @@ pub(super) fn rewrite(spec: &mut Spec, plugged: &Plugged) -> Result<()> {
     Ok(())
 }
 
+/// Lets a container use a disk besides its devices.
+pub(crate) fn allow_disk(spec: &mut Spec, major: u32, minor: u32, access: &str) {
+    let linux = spec.Linux.mut_or_insert_default();
+    let rules = &mut linux.Resources.mut_or_insert_default().Devices;
+    if rules.is_empty() {
+        // As above: the nodes that it lists stay its own.
+        rules.extend(linux.Devices.iter().map(|device| allow(number(device))));
+    }
+    let disk = allow(("b".into(), major.into(), minor.into()));
+    rules.push(LinuxDeviceCgroup { Access: access.into(), ..disk });
+}
+
 /// A rule about exactly the host's device becomes one about the guest's; one with a wildcard stays.
 fn renumber(rule: &mut LinuxDeviceCgroup, renumbered: &HashMap<Number, &Replacement>) {
     let about = (plain(&rule.Type), rule.Major, rule.Minor);
@@ -197,6 +209,16 @@ mod tests {
     fn rules(spec: &Spec) -> Vec<(bool, &str, i64, i64, &str)> {
         let rules = &spec.Linux.Resources.Devices;
         rules.iter().map(|r| (r.Allow, r.Type.as_str(), r.Major, r.Minor, r.Access.as_str())).collect()
+    }
+
+    #[test]
+    fn a_disk_is_allowed_besides_what_is_allowed_already() {
+        let mut listed = spec(&[("/dev/fuse", "c", 10, 229)], &[]);
+        allow_disk(&mut listed, 254, 0, "rm");
+        assert_eq!(rules(&listed), [(true, "c", 10, 229, "rwm"), (true, "b", 254, 0, "rm")]);
+        let mut ruled = spec(&[("/dev/fuse", "c", 10, 229)], &[(false, "a", 0, 0)]);
+        allow_disk(&mut ruled, 254, 16, "rwm");
+        assert_eq!(rules(&ruled), [(false, "a", 0, 0, "rw"), (true, "b", 254, 16, "rwm")]);
     }
 
     #[test]

@@ -7,7 +7,8 @@
 
 use std::{fs::File, os::unix::fs::FileExt, path::Path, process::Command, time::Duration};
 
-use bulkhead_protocol::agent::Storage;
+use bulkhead_protocol::{agent::Storage, oci::Spec};
+use rustix::{fs::FileType, mount::MountFlags};
 
 use super::{
     Job, Mounted,
@@ -15,6 +16,7 @@ use super::{
 };
 use crate::{
     boot::Guest,
+    device::allow_disk,
     error::{During, Error, Result},
     program,
 };
@@ -38,7 +40,7 @@ pub(super) fn mount(job: &Job, mounted: &mut Mounted) -> Result<()> {
             storage.driver
         )));
     }
-    let bound = storage.fstype == "bind" || options.bind.is_some();
+    let bound = is_bound(storage);
     let target = if bound { Target::file } else { Target::directory };
     let target = target(&storage.mount_point, mounted)?;
     if target.is_mount_point()? {
@@ -54,7 +56,28 @@ pub(super) fn mount(job: &Job, mounted: &mut Mounted) -> Result<()> {
     }
 }
 
-/// Binds the node of a disk. Flags such as `ro` are the mount's: whether the disk can be written to is the host's to say.
+/// Whether a storage is to be bound, and may be a disk for which a container needs leave.
+pub(crate) fn is_bound(storage: &Storage) -> bool {
+    let mut options = storage.options.iter().flat_map(|list| list.split(','));
+    storage.fstype == "bind" || options.any(|option| matches!(option.trim(), "bind" | "rbind"))
+}
+
+/// Lets a container use the disks among its bound storages. A mount that is read-only does not keep anybody from writing to
+/// a device, so that is said here. Blocks.
+pub(crate) fn allow_bound(storages: &[Storage], spec: &mut Spec) -> Result<()> {
+    for storage in storages {
+        let status =
+            rustix::fs::lstat(&storage.mount_point).during(|| format!("look at {}", storage.mount_point))?;
+        if FileType::from_raw_mode(status.st_mode).is_block_device() {
+            let read_only = Options::parse(&storage.options)?.flags.contains(MountFlags::RDONLY);
+            let (major, minor) = (rustix::fs::major(status.st_rdev), rustix::fs::minor(status.st_rdev));
+            allow_disk(spec, major, minor, if read_only { "rm" } else { "rwm" });
+        }
+    }
+    Ok(())
+}
+
+/// Binds the node of a disk.
 fn bind_disk(
     storage: &Storage,
     node: &Path,
@@ -237,6 +260,16 @@ mod tests {
                 assert!(there.file_type().is_block_device(), "{fstype:?} {options:?}");
                 assert_eq!(there.rdev(), std::fs::metadata(&disk.node).unwrap().rdev());
                 assert!(carries_ext4(Path::new(POINT)).unwrap());
+                let mut spec = Spec::new();
+                allow_bound(&[bound(fstype, options)], &mut spec).unwrap();
+                let rule = &spec.Linux.Resources.Devices[0];
+                assert_eq!(rule.Access, if read_only { "rm" } else { "rwm" });
+                let device = (rule.Major.cast_unsigned(), rule.Minor.cast_unsigned());
+                let (major, minor) = (rustix::fs::major(there.rdev()), rustix::fs::minor(there.rdev()));
+                assert_eq!(
+                    (rule.Allow, rule.Type.as_str(), device),
+                    (true, "b", (major.into(), minor.into()))
+                );
                 let flags = rustix::fs::statvfs(POINT).unwrap().f_flag;
                 assert_eq!(flags.contains(rustix::fs::StatVfsMountFlags::RDONLY), read_only, "{options:?}");
                 mounted.undo(POINT);

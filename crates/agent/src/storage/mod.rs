@@ -26,6 +26,8 @@ mod apart;
 #[cfg(test)]
 mod disks;
 
+pub(crate) use block::{allow_bound, is_bound};
+
 use std::{
     collections::HashMap,
     path::{Path, PathBuf},
