@@ -37,12 +37,7 @@ pub const TARGETS: &[(&str, Target)] = &[
 pub fn oci_spec(data: &[u8]) {
     let Some((first, data)) = data.split_first() else { return };
     let Ok(spec) = oci::Spec::parse_from_bytes(data) else { return };
-    let host = Host {
-        capabilities: u64::MAX >> 23,
-        apparmor: first & 1 != 0,
-        selinux: first & 2 != 0,
-        owns_machine: first & 4 != 0,
-    };
+    let host = Host { capabilities: u64::MAX >> 23, owns_machine: first & 4 != 0 };
     if let Ok(plan) = plan::create(&spec, host, (first & 8 != 0).then_some("/x")) {
         let sent = postcard::to_allocvec(&plan).expect("a plan can be sent");
         assert_eq!(postcard::from_bytes::<Plan>(&sent).ok(), Some(plan));

@@ -171,12 +171,12 @@ fn fork_bomb_that_takes_every_thread_of_the_guest_does_not_end_it(scratch: &Scra
         };
         let refused = timeout(Duration::from_secs(120), full).await.context("the bomb does not go off")?;
         ensure!(refused.to_string().contains("Resource temporarily unavailable"), "{refused}");
+        let request = GetMetricsRequest::new();
         for _ in 0..5 {
             // Threads that are idle have gone by then, and cannot be made again.
             tokio::time::sleep(Duration::from_millis(1500)).await;
-            let metrics = futures_util::future::join_all(
-                (0..4).map(|_| agent.client.get_metrics(context(), &GetMetricsRequest::new())),
-            );
+            let metrics =
+                futures_util::future::join_all((0..4).map(|_| agent.client.get_metrics(context(), &request)));
             for answer in timeout(PROMPT, metrics).await.context("the agent does not answer")? {
                 answer?;
             }

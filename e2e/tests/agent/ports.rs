@@ -255,7 +255,7 @@ fn streams_flow_over_connections_of_the_host(scratch: &Scratch) -> anyhow::Resul
         let wait = agent.wait("c1", "e5");
         let removal = async {
             agent.line("c1", "e6", "while ps | grep -v grep | grep -q 'sleep 2$'; do sleep 1; done").await?;
-            agent.remove("c1").await
+            anyhow::Ok(agent.remove("c1").await?)
         };
         let (code, removed) = within("the end of the exec", async { tokio::join!(wait, removal) }).await?;
         removed?;
