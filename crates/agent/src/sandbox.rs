@@ -538,7 +538,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn the_end_waits_for_a_sandbox_that_is_being_made_and_leaves_nothing_of_it() {
+    async fn a_sandbox_that_ends_while_it_is_made_leaves_nothing() {
         if !rustix::process::geteuid().is_root() {
             return eprintln!("skipped: making namespaces needs root");
         }
@@ -555,6 +555,21 @@ mod tests {
         assert!(matches!(creation.await.unwrap(), Err(Error::State(_))));
         end.await.unwrap();
         assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 0);
+    }
+
+    #[tokio::test]
+    async fn the_end_waits_for_a_sandbox_that_is_being_made() {
+        let sandbox = sandbox();
+        lock(&sandbox.state).creating = true;
+        let ending = Arc::clone(&sandbox);
+        let end = tokio::spawn(async move { ending.destroy().await });
+        for _ in 0..10 {
+            tokio::task::yield_now().await;
+        }
+        assert!(!end.is_finished());
+        lock(&sandbox.state).creating = false;
+        sandbox.changed.notify_waiters();
+        end.await.unwrap();
     }
 
     #[tokio::test]
