@@ -168,13 +168,8 @@ fn memory(
     read: &dyn Fn(&str) -> Option<String>,
     settings: &mut Vec<Setting>,
 ) -> Result<(), Error> {
-    for (ignored, what) in [
-        (memory.Kernel > 0 || memory.KernelTCP > 0, "kernel memory limit"),
-        (memory.Swappiness != 0, "memory swappiness"),
-    ] {
-        if ignored {
-            tracing::debug!(what, "cgroup v2 has none: ignored");
-        }
+    if memory.Kernel > 0 || memory.KernelTCP > 0 || memory.Swappiness != 0 {
+        tracing::debug!("cgroup v2 has no kernel memory limits and no swappiness: ignored");
     }
     if memory.DisableOOMKiller {
         tracing::warn!("the OOM killer cannot be disabled with cgroup v2: ignored");
