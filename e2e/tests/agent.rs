@@ -11,6 +11,8 @@ mod devices;
 mod faults;
 #[path = "agent/files.rs"]
 mod files;
+#[path = "agent/image.rs"]
+mod image;
 #[path = "agent/load.rs"]
 mod load;
 #[path = "agent/memory.rs"]
@@ -38,6 +40,7 @@ const FAMILIES: &[&[Case]] = &[
     containment::CASES,
     faults::CASES,
     files::CASES,
+    image::CASES,
     load::CASES,
     network::CASES,
     ports::CASES,

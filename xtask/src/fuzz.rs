@@ -39,7 +39,8 @@ pub(crate) fn run(workspace: &Workspace, arguments: &Arguments) -> Result<()> {
         fs::create_dir_all(&found).with_context(|| format!("cannot make {}", found.display()))?;
         let kept = workspace.root.join("fuzz/corpus").join(target);
         let time = format!("-max_total_time={}", arguments.seconds);
-        process::run(fuzz(workspace, target)?.args([&found, &kept]).args(["--", &time, "-timeout=10"]))?;
+        let limits = ["--", &time, "-timeout=10", "-rss_limit_mb=2048"];
+        process::run(fuzz(workspace, target)?.args([&found, &kept]).args(limits))?;
         if arguments.keep {
             process::run(fuzz(workspace, target)?.args([&kept, &found]).args(["--", "-merge=1"]))?;
         }

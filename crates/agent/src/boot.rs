@@ -1,9 +1,9 @@
 //! From the kernel's first program to a guest that can hold containers.
 //!
-//! An initramfs cannot be pivoted away from, so PID 1 moves to a tmpfs of its own. The host waits for the agent to listen,
-//! therefore only what listening needs happens before; cgroups and the other modules follow in a thread, and whoever
-//! depends on them waits for [`Guest::prepared`]. An agent that is not PID 1 is a guest on somebody else's machine and
-//! prepares nothing.
+//! The image's tree is the guest's: its programs, hooks and configuration are found where they are in the image. The host
+//! waits for the agent to listen, therefore only what listening needs happens before; cgroups and the other modules follow
+//! in a thread, and whoever depends on them waits for [`Guest::prepared`]. An agent that is not PID 1 is a guest on somebody
+//! else's machine and prepares nothing.
 
 use std::{
     io,
@@ -14,8 +14,9 @@ use std::{
 };
 
 use rustix::{
-    fs::{AtFlags, Dir, FileType, Mode, OFlags},
-    mount::MountFlags,
+    fs::{AtFlags, CWD, Dir, FileType, Mode, OFlags},
+    io::Errno,
+    mount::{MountFlags, MoveMountFlags, OpenTreeFlags},
     process::{Resource, Rlimit},
     time::ClockId,
 };
@@ -30,6 +31,10 @@ use crate::{
 };
 
 const CGROUPS: &str = "/sys/fs/cgroup";
+/// Kernel modules in the image; see `bulkhead_image::initramfs`.
+const EARLY: &str = "lib/bulkhead/modules/early";
+const LATE: &str = "lib/bulkhead/modules/late";
+const ON_DEMAND: &str = "lib/bulkhead/modules/demand";
 
 /// The machine the agent runs in.
 pub(crate) struct Guest {
@@ -97,71 +102,88 @@ impl Guest {
     }
 }
 
-/// The initramfs, out of sight but not freed yet.
-pub(crate) struct Initramfs(OwnedFd);
+/// The image that the machine was started from: its whole tree, which is the guest's own root as well.
+pub(crate) struct Image(OwnedFd);
 
-impl Initramfs {
-    /// Reads a file of at most `limit` bytes; the path is the one it has in the image.
+impl Image {
+    /// Reads a file of at most `limit` bytes.
     pub(crate) fn read(&self, path: &str, limit: u64) -> io::Result<Vec<u8>> {
         let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK;
         let file = rustix::fs::openat(&self.0, path.trim_start_matches('/'), flags, Mode::empty())?;
         config::read_to_limit(file.into(), limit)
     }
+
+    /// Whether it is an initramfs. What is not needed any more there is memory that is not needed any more; on a disk it
+    /// is somebody's file.
+    fn is_in_memory(&self) -> io::Result<bool> {
+        const RAMFS: u64 = 0x8584_58f6;
+        const TMPFS: u64 = 0x0102_1994;
+        let kind = rustix::fs::fstatfs(&self.0)?.f_type;
+        Ok(u64::try_from(kind).is_ok_and(|kind| [RAMFS, TMPFS].contains(&kind)))
+    }
 }
 
-/// Makes this PID 1's machine fit to listen: a root of its own, the kernel's file systems, the modules of the host's
-/// connection.
-pub(crate) fn prepare() -> Result<Initramfs> {
-    let initramfs = Initramfs(directory("/").during(|| "open the initramfs".into())?);
-    move_to_tmpfs()?;
-    modules::load(&initramfs.0, "lib/bulkhead/modules/early");
-    Ok(initramfs)
+/// Makes this PID 1's machine fit to listen: a root that containers can leave, the kernel's file systems, the modules of
+/// the host's connection.
+pub(crate) fn prepare() -> Result<Image> {
+    let image = Image(directory("/").during(|| "open the root".into())?);
+    if image.is_in_memory().during(|| "look at the root".into())? {
+        cover_initramfs()?;
+    }
+    mount_file_systems()?;
+    rustix::system::sethostname(b"localhost").during(|| "set the hostname".into())?;
+    modules::load(&image.0, EARLY);
+    Ok(image)
 }
 
 /// Does the rest behind the server's back.
-pub(crate) fn finish(initramfs: Initramfs, guest: Arc<Guest>) {
-    std::thread::spawn(move || {
+pub(crate) fn finish(image: Image, guest: Arc<Guest>) {
+    crate::sync::spawn_blocking(move || {
         match mount_cgroups() {
             Ok(()) => drop(guest.cgroups.set(CGROUPS.into())),
             Err(error) => tracing::error!(%error, "containers go without limits"),
         }
-        if let Err(error) = raise_descriptor_limit() {
+        if let Err(error) = raise_descriptor_limits() {
             tracing::warn!(%error, "the limit of open files stays low");
         }
         if let Err(error) = network::loopback_up() {
             tracing::error!(%error, "no loopback interface");
         }
-        modules::load(&initramfs.0, "lib/bulkhead/modules/late");
-        let kept = keep_on_demand(&initramfs, &guest);
+        modules::load(&image.0, LATE);
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        if let Ok(directory) = rustix::fs::openat(&image.0, ON_DEMAND, flags, Mode::empty()) {
+            drop(guest.on_demand.set(directory));
+        }
         if let Err(error) = hotplug::memory_from_now_on(&Places::default()) {
             tracing::warn!(%error, "memory that is plugged waits for a request to be used");
         }
         guest.prepared.send_replace(true);
         tracing::info!(after = ?uptime(), "ready for containers");
-        if let Err(error) = remove_below(&initramfs.0, kept) {
+        if let Err(error) = free(&image) {
             tracing::warn!(%error, "the memory of the initramfs is not freed");
         }
     });
 }
 
-/// Leaves the modules that are loaded on demand where they are, within the guest's reach. Returns the directory's identity.
-fn keep_on_demand(initramfs: &Initramfs, guest: &Guest) -> Option<Identity> {
-    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-    let directory =
-        rustix::fs::openat(&initramfs.0, "lib/bulkhead/modules/demand", flags, Mode::empty()).ok()?;
-    let kept = identity(&directory).ok()?;
-    guest.on_demand.set(directory).ok()?;
-    Some(kept)
+/// Mounts the initramfs a second time, over itself, and makes that the root: nothing can pivot away from the first mount of
+/// all, which a container has to. This program stays reachable as `/proc/self/exe`.
+fn cover_initramfs() -> Result<()> {
+    let step = |what: &'static str| move || format!("mount the initramfs over itself: {what}");
+    let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
+    let root = rustix::mount::open_tree(CWD, "/", flags).during(step("open_tree"))?;
+    rustix::process::fchdir(&root).during(step("fchdir"))?;
+    rustix::mount::move_mount(&root, "", CWD, "/", MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)
+        .during(step("move_mount"))?;
+    rustix::process::chroot(".").during(step("chroot"))?;
+    // The kernel lets everybody write to a root that the archive says nothing of.
+    rustix::fs::chmod("/", Mode::from_raw_mode(0o755)).during(step("chmod"))
 }
 
-/// Mounts the new root with everything in it, then moves it over `/`. This program stays reachable as `/proc/self/exe`.
-fn move_to_tmpfs() -> Result<()> {
-    const ROOT: &str = "/bulkhead";
-    let none = MountFlags::empty();
+/// Mounts the kernel's file systems, and those for what does not outlive the machine.
+fn mount_file_systems() -> Result<()> {
     let plain = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
     let data_nosuid = MountFlags::NOSUID | MountFlags::NODEV;
     let mounts = [
-        ("tmpfs", "", none, c"mode=0755"),
         ("proc", "/proc", plain, c""),
         ("sysfs", "/sys", plain, c""),
         ("devtmpfs", "/dev", MountFlags::NOSUID, c"mode=0755"),
@@ -170,21 +192,20 @@ fn move_to_tmpfs() -> Result<()> {
         ("tmpfs", "/run", data_nosuid, c"mode=0755"),
         ("tmpfs", "/tmp", data_nosuid, c"mode=1777"),
     ];
-    for (kind, path, flags, data) in mounts {
-        let target = format!("{ROOT}{path}");
-        match rustix::fs::mkdir(&target, Mode::from_raw_mode(0o755)) {
-            Ok(()) | Err(rustix::io::Errno::EXIST) => {}
-            Err(errno) => return Err(errno).during(|| format!("make the directory {target}")),
+    for (kind, target, flags, data) in mounts {
+        let what = || format!("mount {kind} on {target}");
+        match rustix::fs::mkdir(target, Mode::from_raw_mode(0o755)) {
+            // An image that cannot be written to has the directory, or the mount will tell.
+            Ok(()) | Err(Errno::EXIST | Errno::ROFS) => {}
+            Err(errno) => return Err(errno).during(what),
         }
-        rustix::mount::mount(kind, &target, kind, flags, data)
-            .during(|| format!("mount {kind} on {target}"))?;
+        match rustix::mount::mount(kind, target, kind, flags, data) {
+            // The kernel mounts devtmpfs itself when it mounts a disk.
+            Ok(()) | Err(Errno::BUSY) => {}
+            Err(errno) => return Err(errno).during(what),
+        }
     }
-    let step = |what: &'static str| move || format!("make {ROOT} the root: {what}");
-    rustix::process::chdir(ROOT).during(step("chdir"))?;
-    rustix::mount::mount_move(".", "/").during(step("move the mount"))?;
-    rustix::process::chroot(".").during(step("chroot"))?;
-    rustix::process::chdir("/").during(step("chdir to /"))?;
-    rustix::system::sethostname(b"localhost").during(|| "set the hostname".into())
+    Ok(())
 }
 
 /// Mounts cgroup2 and hands every controller down.
@@ -200,46 +221,49 @@ fn mount_cgroups() -> Result<()> {
     std::fs::write(&path, all.join(" ")).during(|| format!("enable {controllers:?} in {path}"))
 }
 
-/// An agent holds up to three descriptors for each process that was started and not drained.
-fn raise_descriptor_limit() -> io::Result<()> {
+/// Lets containers ask for any number of open files, and the agent have enough: up to three descriptors for each process
+/// that was started and not drained.
+fn raise_descriptor_limits() -> io::Result<()> {
+    // The most that any kernel of 64 bits takes.
+    let any = std::fs::write("/proc/sys/fs/nr_open", "2147483584");
     let limit = Rlimit { current: Some(65_536), maximum: Some(1_048_576) };
-    Ok(rustix::process::setrlimit(Resource::Nofile, limit)?)
+    rustix::process::setrlimit(Resource::Nofile, limit)?;
+    any
 }
 
 fn directory(path: &str) -> io::Result<OwnedFd> {
     Ok(rustix::fs::open(path, OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?)
 }
 
-/// Device and inode.
-type Identity = (u64, u64);
-
-fn identity(directory: &OwnedFd) -> io::Result<Identity> {
-    let status = rustix::fs::fstat(directory)?;
-    Ok((status.st_dev, status.st_ino))
+/// Deletes what only the boot needed: the modules that are loaded, and this program's name. Its memory is its own until it
+/// ends.
+fn free(image: &Image) -> io::Result<()> {
+    if !image.is_in_memory()? {
+        return Ok(());
+    }
+    for path in [EARLY, LATE] {
+        match rustix::fs::openat(
+            &image.0,
+            path,
+            OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC,
+            Mode::empty(),
+        ) {
+            Err(Errno::NOENT) => {}
+            directory => remove_files(&directory?)?,
+        }
+    }
+    match rustix::fs::unlinkat(&image.0, "init", AtFlags::empty()) {
+        Ok(()) | Err(Errno::NOENT) => Ok(()),
+        Err(errno) => Err(errno.into()),
+    }
 }
 
-/// Deletes all that is in a directory, save for one directory and what leads to it. The program that runs is only unlinked: its memory is its own until it ends.
-fn remove_below(parent: &OwnedFd, kept: Option<Identity>) -> io::Result<()> {
-    for entry in Dir::read_from(parent)? {
+/// Deletes the regular files of a directory.
+fn remove_files(directory: &OwnedFd) -> io::Result<()> {
+    for entry in Dir::read_from(directory)? {
         let entry = entry?;
-        let name = entry.file_name();
-        if matches!(name.to_bytes(), b"." | b"..") {
-            continue;
-        }
-        if entry.file_type() == FileType::Directory {
-            let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-            let child = rustix::fs::openat(parent, name, flags, Mode::empty())?;
-            if kept == Some(identity(&child)?) {
-                continue;
-            }
-            remove_below(&child, kept)?;
-            match rustix::fs::unlinkat(parent, name, AtFlags::REMOVEDIR) {
-                // The new root was mounted on it and moved away; nothing else is mounted here. Or it leads to what is kept.
-                Ok(()) | Err(rustix::io::Errno::BUSY | rustix::io::Errno::NOTEMPTY) => {}
-                Err(errno) => return Err(errno.into()),
-            }
-        } else {
-            rustix::fs::unlinkat(parent, name, AtFlags::empty())?;
+        if entry.file_type() == FileType::RegularFile {
+            rustix::fs::unlinkat(directory, entry.file_name(), AtFlags::empty())?;
         }
     }
     Ok(())
@@ -261,23 +285,23 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_tree_is_removed_and_links_are_not_followed() {
-        let keep = tempfile::tempdir().unwrap();
-        std::fs::write(keep.path().join("precious"), "x").unwrap();
-        let tree = tempfile::tempdir().unwrap();
-        std::fs::create_dir_all(tree.path().join("a/b")).unwrap();
-        std::fs::write(tree.path().join("a/b/file"), "x").unwrap();
-        std::os::unix::fs::symlink(keep.path(), tree.path().join("a/link")).unwrap();
-        std::fs::create_dir_all(tree.path().join("c/kept")).unwrap();
-        std::fs::write(tree.path().join("c/kept/module"), "x").unwrap();
-        let kept = identity(&directory(tree.path().join("c/kept").to_str().unwrap()).unwrap()).unwrap();
-        let tree_directory = directory(tree.path().to_str().unwrap()).unwrap();
-        remove_below(&tree_directory, Some(kept)).unwrap();
-        assert_eq!(std::fs::read_dir(tree.path()).unwrap().count(), 1);
-        assert!(tree.path().join("c/kept/module").exists());
-        remove_below(&directory(tree.path().to_str().unwrap()).unwrap(), None).unwrap();
-        assert_eq!(std::fs::read_dir(tree.path()).unwrap().count(), 0);
-        assert!(keep.path().join("precious").exists());
+    fn what_only_the_boot_needed_is_freed_in_memory_and_nothing_on_a_disk() {
+        let tree = tempfile::tempdir_in("/dev/shm").unwrap();
+        let files = [EARLY, LATE, ON_DEMAND, "etc"].map(|path| tree.path().join(path).join("file"));
+        for file in &files {
+            std::fs::create_dir_all(file.parent().unwrap()).unwrap();
+            std::fs::write(file, "x").unwrap();
+        }
+        std::fs::write(tree.path().join("init"), "x").unwrap();
+        let image = Image(directory(tree.path().to_str().unwrap()).unwrap());
+        assert!(image.is_in_memory().unwrap());
+        assert!(!Image(directory("/proc").unwrap()).is_in_memory().unwrap());
+        free(&Image(directory("/proc").unwrap())).unwrap();
+        for _ in 0..2 {
+            free(&image).unwrap();
+            assert_eq!(files.each_ref().map(|file| file.exists()), [false, false, true, true]);
+            assert!(!tree.path().join("init").exists());
+        }
     }
 
     #[test]
@@ -285,7 +309,7 @@ mod tests {
         let image = tempfile::tempdir().unwrap();
         std::fs::create_dir(image.path().join("etc")).unwrap();
         std::fs::write(image.path().join("etc/agent.toml"), "x").unwrap();
-        let image = Initramfs(directory(image.path().to_str().unwrap()).unwrap());
+        let image = Image(directory(image.path().to_str().unwrap()).unwrap());
         assert_eq!(image.read("/etc/agent.toml", 1).unwrap(), b"x");
         assert!(image.read("/etc/agent.toml", 0).is_err(), "too large");
         assert!(

@@ -1,14 +1,18 @@
 //! The debug console: a shell of the guest for whoever looks into it from the host. Off unless asked for.
+//!
+//! The shell leads a session of its own, and nobody can say that to posix_spawn(3); a fork would not do, because only the
+//! reaper may wait for a child whose execve failed. So it is this program that is started, which becomes the shell.
 
 use std::{
-    os::fd::OwnedFd,
+    io::{self, Write},
+    os::{fd::OwnedFd, unix::process::CommandExt},
     path::{Path, PathBuf},
     process::{Command, Stdio},
     sync::Arc,
 };
 
 use rustix::{
-    fs::{Mode, OFlags},
+    fs::{Access, Mode, OFlags},
     process::PidfdFlags,
     pty::OpenptFlags,
 };
@@ -20,14 +24,42 @@ use crate::{
     process::Process,
     reaper::Reaper,
     sync::blocking,
-    sys,
 };
+
+/// What this program is called when it is to become a shell.
+const NAME: &str = "bulkhead-console";
 
 /// Shells, best first. The first is part of an image that can be added to a guest.
 const SHELLS: [&str; 3] = ["/run/kata-extensions/devkit/bin/devkit-sh", "/bin/bash", "/bin/sh"];
 const SERIAL: &str = "/dev/console";
 const ENVIRONMENT: [(&str, &str); 3] =
     [("PATH", "/bin:/sbin:/usr/bin:/usr/sbin"), ("HOME", "/"), ("TERM", "linux")];
+
+/// Becomes the shell that the first argument names, if this program was started for that. To be called first in `main`.
+pub(crate) fn child_main() {
+    let mut arguments = std::env::args_os();
+    if let (Some(name), Some(shell)) = (arguments.next(), arguments.next())
+        && name == NAME
+    {
+        let error = become_shell(Path::new(&shell));
+        // Standard error is the terminal; whoever was there may be gone.
+        let _ = writeln!(io::stderr(), "bulkhead-agent: no debug console: {error}");
+        std::process::exit(127)
+    }
+}
+
+/// Returns only when it fails.
+fn become_shell(shell: &Path) -> Error {
+    let terminal = || -> io::Result<()> {
+        rustix::process::setsid()?;
+        Ok(rustix::process::ioctl_tiocsctty(io::stdin())?)
+    };
+    if let Err(error) = terminal().during(|| "make the terminal that of a session".into()) {
+        return error;
+    }
+    let source = Command::new(shell).arg("-i").exec();
+    Error::Io { what: format!("run {}", shell.display()), source }
+}
 
 /// Opens the console: a shell for every connection of the host to a vsock port, or with port 0 one on the serial console.
 pub(crate) fn open(port: u32, reaper: Arc<Reaper>) -> Result<()> {
@@ -108,7 +140,8 @@ fn serial(reaper: &Arc<Reaper>) -> Result<Arc<Process>> {
 }
 
 fn find(shells: &[&str]) -> Result<PathBuf> {
-    let shell = shells.iter().map(Path::new).find(|shell| shell.exists());
+    let runs = |path: &&Path| path.is_file() && rustix::fs::access(*path, Access::EXEC_OK).is_ok();
+    let shell = shells.iter().map(Path::new).find(runs);
     shell.map(Path::to_owned).ok_or_else(|| {
         Error::State(format!("the guest has no shell; one is looked for at {}", shells.join(", ")))
     })
@@ -122,10 +155,11 @@ fn spawn(
 ) -> Result<Arc<Process>> {
     let what = || format!("run {}", shell.display());
     let copy = || terminal.try_clone().map(Stdio::from).during(what);
-    let mut command = Command::new(shell);
-    command.arg("-i").env_clear().envs(ENVIRONMENT).stdin(copy()?).stdout(copy()?).stderr(copy()?);
+    let mut command = Command::new("/proc/self/exe");
+    command.arg0(NAME).arg(shell).env_clear().envs(ENVIRONMENT);
+    command.stdin(copy()?).stdout(copy()?).stderr(copy()?);
     let spawning = reaper.spawning();
-    let child = sys::with_terminal(&mut command).spawn().during(what)?;
+    let child = command.spawn().during(what)?;
     let pid = rustix::process::Pid::from_child(&child);
     // The number is not given away while the guard keeps exits; only a child that was reaped already has none.
     let pidfd = rustix::process::pidfd_open(pid, PidfdFlags::empty()).during(what)?;
@@ -146,5 +180,15 @@ mod tests {
         let mut told = String::new();
         tokio::io::AsyncReadExt::read_to_string(&mut client, &mut told).await.unwrap();
         assert!(told.contains("no shell") && told.contains("/nor/this") && told.ends_with("\r\n"), "{told}");
+    }
+
+    #[test]
+    fn a_shell_is_a_file_that_can_be_run() {
+        let directory = tempfile::tempdir().unwrap();
+        std::fs::write(directory.path().join("text"), "x").unwrap();
+        let [folder, text] =
+            ["", "text"].map(|name| directory.path().join(name).to_str().unwrap().to_owned());
+        assert!(matches!(find(&[&folder, &text]), Err(Error::State(_))));
+        assert_eq!(find(&[&folder, &text, "/proc/self/exe"]).unwrap(), Path::new("/proc/self/exe"));
     }
 }

@@ -12,11 +12,13 @@
 
 use std::{
     collections::{HashMap, VecDeque},
+    os::fd::{BorrowedFd, OwnedFd},
     sync::{Arc, Mutex, Weak},
 };
 
 use bulkhead_executor::UserNames;
 use bulkhead_protocol::oci;
+use rustix::event::{PollFd, PollFlags, Timespec};
 use tokio::sync::Notify;
 
 use crate::{
@@ -97,7 +99,7 @@ impl Container {
         let executor = Arc::new(executor);
         let exiting = Arc::clone(&executor);
         // The last descriptor of its mount namespace may go with it, and so the mounts, which can hang.
-        let on_exit = move |_| drop(crate::sync::spawn_blocking(move || exiting.exited()));
+        let on_exit = move |_| crate::sync::spawn_blocking(move || exiting.exited());
         match Process::adopt(process, pipe_size, &spawning, Box::new(on_exit)) {
             Ok(init) => Ok(Arc::new(Container {
                 id,
@@ -273,14 +275,21 @@ impl Container {
         // First of all: an init that is still parked would end by itself, with a code of its own, once it is let go.
         self.init.signal(libc::SIGKILL)?;
         lock(&self.execs).closed = true;
-        let execs = self.kill_execs()?;
+        self.kill_execs()?;
         let executor = Arc::clone(&self.executor);
         blocking(move || Ok(executor.delete()?)).await?;
+        // Also those that had ended before: their output may be on the way to a host that does not read.
+        let execs = lock(&self.execs).processes();
         for process in execs.iter().chain([&self.init]) {
             process.ended().await;
             process.copy_ends();
         }
         Ok(())
+    }
+
+    /// Whether it is being destroyed, or was.
+    pub(crate) fn closed(&self) -> bool {
+        lock(&self.execs).closed
     }
 
     /// Kills every process of the container; one that has ended already is no error.
@@ -294,16 +303,27 @@ impl Container {
     }
 
     /// Without a cgroup, and in a pid namespace that the container shares, nothing but this reaches the execs.
-    fn kill_execs(&self) -> Result<Vec<Arc<Process>>> {
+    fn kill_execs(&self) -> Result<()> {
         let execs = lock(&self.execs).killed();
-        execs.iter().try_for_each(|process| process.signal(libc::SIGKILL))?;
-        Ok(execs)
+        execs.iter().try_for_each(|process| process.signal(libc::SIGKILL))
     }
 
     /// A descriptor that keeps init's pid namespace.
-    pub(crate) fn pid_namespace(&self) -> Result<std::os::fd::OwnedFd> {
-        let path = format!("/proc/{}/ns/pid", self.executor.init_pid());
-        std::fs::File::open(&path).during(|| format!("open {path}")).map(Into::into)
+    pub(crate) fn pid_namespace(&self) -> Result<OwnedFd> {
+        pid_namespace(self.executor.init_pid(), self.executor.init_pidfd())
+    }
+}
+
+fn pid_namespace(pid: i32, pidfd: BorrowedFd<'_>) -> Result<OwnedFd> {
+    let path = format!("/proc/{pid}/ns/pid");
+    let namespace = std::fs::File::open(&path).during(|| format!("open {path}"))?;
+    // Until its process ends, a pid is no other's.
+    let mut ended = [PollFd::new(&pidfd, PollFlags::IN)];
+    match rustix::event::poll(&mut ended, Some(&Timespec::default()))
+        .during(|| format!("poll process {pid}"))?
+    {
+        0 => Ok(namespace.into()),
+        _ => Err(Error::State(format!("process {pid} ended before its pid namespace was kept"))),
     }
 }
 
@@ -341,8 +361,10 @@ impl Execs {
         self.compact(exec_id);
         if self.ended.len() > ENDED_EXECS
             && let Some(oldest) = self.ended.pop_front()
+            && let Some(Exec::Ended(process)) = self.by_id.remove(&oldest)
         {
-            self.by_id.remove(&oldest);
+            // Nobody could tell whoever copies its output to give up later.
+            process.copy_ends();
         }
     }
 
@@ -354,6 +376,15 @@ impl Execs {
         {
             *entry = Exec::Exited(code);
         }
+    }
+
+    /// Everything that is live, or has ended and is not drained.
+    fn processes(&self) -> Vec<Arc<Process>> {
+        let process = |exec: &Exec| match exec {
+            Exec::Live(process) | Exec::Ended(process) => Some(Arc::clone(process)),
+            Exec::Starting(_) | Exec::Exited(_) => None,
+        };
+        self.by_id.values().filter_map(process).collect()
     }
 
     /// Everything that runs, to be killed; what is starting will be.
@@ -379,6 +410,8 @@ fn remember(signals: &mut Vec<i32>, signal: i32) {
 
 #[cfg(test)]
 mod tests {
+    use std::os::fd::AsFd;
+
     use super::*;
 
     #[test]
@@ -388,6 +421,21 @@ mod tests {
         assert!(matches!(execs.reserve("e", "c"), Err(Error::Exists(_))));
         assert!(matches!(execs.reserve("c", "c"), Err(Error::Exists(_))));
         assert!(matches!(execs.reserve("", "c"), Err(Error::Invalid(_))));
+    }
+
+    #[test]
+    fn the_pid_namespace_of_a_process_that_has_ended_is_not_taken_from_another_of_its_pid() {
+        let own = rustix::process::getpid();
+        let open = |pid| rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::empty()).unwrap();
+        let own_number = own.as_raw_nonzero().get();
+        pid_namespace(own_number, open(own).as_fd()).unwrap();
+        let mut child = std::process::Command::new("/bin/sleep").arg("1000").spawn().unwrap();
+        let ended = open(rustix::process::Pid::from_child(&child));
+        child.kill().unwrap();
+        // The reaper of another test may have been quicker.
+        let _ = child.wait();
+        let taken = pid_namespace(own_number, ended.as_fd());
+        assert!(matches!(taken, Err(Error::State(_))), "{taken:?}");
     }
 
     fn own_process() -> Arc<Process> {
@@ -414,6 +462,23 @@ mod tests {
         }
         assert_eq!((execs.by_id.len(), execs.ended.len()), (ENDED_EXECS, ENDED_EXECS));
         assert!(!execs.by_id.contains_key("0") && execs.by_id.contains_key("1"));
+    }
+
+    #[tokio::test]
+    async fn an_exec_that_has_ended_is_told_of_a_removal_and_when_it_is_forgotten() {
+        let (oldest, other) = (own_process(), own_process());
+        oldest.copy_begins();
+        let mut execs = Execs::default();
+        for n in 0..=ENDED_EXECS {
+            let id = n.to_string();
+            let process = if n == 0 { &oldest } else { &other };
+            execs.by_id.insert(id.clone(), Exec::Live(Arc::clone(process)));
+            assert!(n > 1 || execs.killed().len() == 1);
+            execs.ended(&id);
+            assert!(n > 0 || execs.killed().is_empty() && execs.processes().len() == 1);
+        }
+        // Its output is not drained; whoever copies that gives up.
+        assert!(tokio::time::timeout(std::time::Duration::from_secs(30), oldest.copied()).await.is_ok());
     }
 
     #[test]

@@ -435,6 +435,31 @@ fn link(parent: &OwnedFd, copy: &Copy, target: &std::ffi::CStr) -> rustix::io::R
 /// The file type bits are the wire's; this keeps them honest.
 const _: () = assert!(libc::S_IFMT == 0o170_000 && FileType::RegularFile.as_raw_mode() == libc::S_IFREG);
 
+#[cfg(any(test, fuzzing))]
+/// Lines of kind, offset, size, path and contents: nothing beside the share is changed.
+pub(crate) fn fuzz(text: &str) {
+    let world = crate::fuzz::World::new();
+    let copies = Copies::below(world.root());
+    for line in crate::fuzz::lines(text) {
+        let [kind, offset, size, path, data] = crate::fuzz::words(line);
+        let file_mode = match kind {
+            "d" => libc::S_IFDIR | 0o755,
+            "l" => libc::S_IFLNK,
+            "f" => libc::S_IFREG | 0o644,
+            other => other.parse().unwrap_or(0),
+        };
+        let file_size = size.parse().unwrap_or_else(|_| i64::try_from(data.len()).unwrap_or(0));
+        let (uid, gid) = (7, -1);
+        let path = format!("{GUEST_SHARE}/{path}");
+        let (data, offset) = (data.as_bytes().to_vec(), offset.parse().unwrap_or(0));
+        let request =
+            CopyFileRequest { path, file_size, file_mode, uid, gid, offset, data, ..Default::default() };
+        let _ = copies.copy(request);
+    }
+    copies.clear();
+    world.unharmed();
+}
+
 #[cfg(test)]
 #[path = "copy_tests.rs"]
 mod tests;

@@ -26,7 +26,8 @@ pub(crate) struct GuestHooks {
 }
 
 impl GuestHooks {
-    /// Those below a directory, which must be there; a kind without a directory has none. Blocks.
+    /// Those below a directory; a kind without a directory has none. Hosts name the directory without knowing whether the
+    /// guest's image has it. Blocks.
     pub(crate) fn scan(directory: &str) -> Result<GuestHooks> {
         if directory.is_empty() {
             return Ok(GuestHooks::default());
@@ -39,6 +40,10 @@ impl GuestHooks {
             Ok(metadata) if metadata.is_dir() => {}
             Ok(_) => {
                 return Err(Error::Invalid(format!("the guest hook path {directory:?} is not a directory")));
+            }
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                tracing::warn!(directory, "the guest has no hooks: there is no such directory");
+                return Ok(GuestHooks::default());
             }
             Err(error) => return Err(Error::Invalid(format!("the guest hook path {directory:?}: {error}"))),
         }
@@ -153,17 +158,18 @@ mod tests {
     }
 
     #[test]
-    fn a_path_that_is_no_directory_is_an_error() {
+    fn a_path_that_is_no_directory_is_an_error_but_one_that_is_missing_is_not() {
         let directory = tempfile::tempdir().unwrap();
         file(directory.path(), "file", 0o755);
         let at = |name: &str| directory.path().join(name).to_str().unwrap().to_owned();
         for (path, text) in
-            [("relative", "not absolute"), (&*at("file"), "not a directory"), (&*at("no"), "No such")]
+            [("relative", "not absolute"), (&*at("file"), "not a directory"), (&*at("file/no"), "Not a")]
         {
             let error = GuestHooks::scan(path).unwrap_err().to_string();
             assert!(error.contains(text), "{error}");
         }
-        assert_eq!(GuestHooks::scan("").unwrap(), GuestHooks::default());
-        assert_eq!(GuestHooks::scan(&at("")).unwrap(), GuestHooks::default());
+        for path in ["", &at(""), &at("no")] {
+            assert_eq!(GuestHooks::scan(path).unwrap(), GuestHooks::default(), "{path:?}");
+        }
     }
 }

@@ -43,15 +43,16 @@ mod storage;
 mod stream;
 mod sync;
 mod sys;
+mod threads;
 mod trace;
 mod tree;
 mod volume;
 mod watcher;
 
 use std::{
+    io::Write,
     process::ExitCode,
     sync::{Arc, OnceLock},
-    time::Duration,
 };
 
 use config::{Command, Config, USAGE};
@@ -60,6 +61,7 @@ use error::{During, Result};
 /// The program's `main`.
 pub fn main() -> ExitCode {
     bulkhead_executor::child_main();
+    console::child_main();
     let times = boot::Times { started: boot::uptime(), listening: Arc::new(OnceLock::new()) };
     let init = boot::is_init();
     let mut ended = if init { run_as_init(times) } else { run_as_process(times) };
@@ -74,18 +76,19 @@ pub fn main() -> ExitCode {
 
 fn report(ended: &Result<()>) {
     if let Err(error) = ended {
-        eprintln!("bulkhead-agent: {error}");
+        // Not the macro, which panics without a console.
+        let _ = writeln!(std::io::stderr(), "bulkhead-agent: {error}");
     }
 }
 
 fn run_as_init(times: boot::Times) -> Result<()> {
-    let initramfs = boot::prepare()?;
-    let (config, report) = Config::of_init(&initramfs)?;
+    let image = boot::prepare()?;
+    let (config, report) = Config::of_init(&image)?;
     let log = log::start(config.log_level, config.log_port != 0);
     report.log();
     let guest = Arc::new(boot::Guest::own());
     let finishing = Arc::clone(&guest);
-    run(server::serve(config, guest, times, log, move || boot::finish(initramfs, finishing)))
+    run(server::serve(config, guest, times, log, move || boot::finish(image, finishing)))
 }
 
 fn run_as_process(times: boot::Times) -> Result<()> {
@@ -107,17 +110,7 @@ fn run_as_process(times: boot::Times) -> Result<()> {
 }
 
 fn run(server: impl Future<Output = Result<()>>) -> Result<()> {
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        // A thread is made only for work that is there, and each container gets no more than its lanes are wide: what
-        // hangs in many of them leaves enough for the next.
-        .max_blocking_threads(2048)
-        // An idle agent keeps no thread but its own.
-        .thread_keep_alive(Duration::from_secs(1))
-        .build()
-        .during(|| "start the runtime".into())?;
-    let ended = runtime.block_on(server);
-    // Work that hangs in the kernel must not keep a sandbox that has ended.
-    runtime.shutdown_background();
-    ended
+    let what = || "start the runtime".to_owned();
+    threads::reserve().during(what)?;
+    tokio::runtime::Builder::new_current_thread().enable_all().build().during(what)?.block_on(server)
 }

@@ -30,6 +30,9 @@ use crate::{error::Result, json::quote, port, sync::lock};
 /// So many lines are kept for those who read later.
 const BACKLOG: usize = 256;
 
+/// The values of a line have at most this many bytes.
+const LONGEST: usize = 16 << 10;
+
 struct Log {
     level: Level,
     stream: Option<Arc<Lines>>,
@@ -170,18 +173,55 @@ impl Subscriber for Log {
 struct Fields {
     message: String,
     others: Vec<(&'static str, String)>,
+    /// What the values take in a line, in bytes.
+    length: usize,
 }
 
 impl Visit for Fields {
     fn record_str(&mut self, field: &Field, value: &str) {
-        match field.name() {
-            "message" => self.message = value.to_owned(),
-            name => self.others.push((name, value.to_owned())),
-        }
+        self.record_debug(field, &format_args!("{value}"));
     }
 
     fn record_debug(&mut self, field: &Field, value: &dyn Debug) {
-        self.record_str(field, &format!("{value:?}"));
+        self.record(field.name(), value);
+    }
+}
+
+impl Fields {
+    fn record(&mut self, name: &'static str, value: &dyn Debug) {
+        let mut text = Cut { text: String::new(), length: &mut self.length };
+        // It fails where it is cut.
+        let _ = write!(text, "{value:?}");
+        let text = text.text;
+        match name {
+            "message" => self.message = text,
+            name => self.others.push((name, text)),
+        }
+    }
+}
+
+/// A value, up to where its line is full: requests' own words are logged, and those may have megabytes.
+struct Cut<'a> {
+    text: String,
+    length: &'a mut usize,
+}
+
+impl std::fmt::Write for Cut<'_> {
+    fn write_str(&mut self, more: &str) -> std::fmt::Result {
+        for char in more.chars() {
+            if *self.length >= LONGEST {
+                self.text.push('…');
+                return Err(std::fmt::Error);
+            }
+            // As JSON has it.
+            *self.length += match char {
+                '"' | '\\' => 2,
+                char if char < ' ' => 6,
+                char => char.len_utf8(),
+            };
+            self.text.push(char);
+        }
+        Ok(())
     }
 }
 
@@ -200,6 +240,7 @@ fn missed(lines: u64) -> String {
     let fields = Fields {
         message: format!("{lines} lines of the log were not read in time and are lost"),
         others: vec![("lines", lines.to_string())],
+        ..Fields::default()
     };
     json(&Level::WARN, module_path!(), SystemTime::now(), &fields)
 }
@@ -276,14 +317,18 @@ mod tests {
 
     #[test]
     fn a_short_line_has_everything_once() {
-        let fields = Fields { message: "went wrong".into(), others: vec![("path", "/x".into())] };
+        let fields =
+            Fields { message: "went wrong".into(), others: vec![("path", "/x".into())], ..Fields::default() };
         assert_eq!(short(&Level::WARN, &fields), "bulkhead-agent: WARN: went wrong path=/x\n");
     }
 
     #[test]
     fn a_json_line_has_the_keys_of_the_reference_and_none_twice() {
-        let fields =
-            Fields { message: "a \"b\"".into(), others: vec![("pid", "7".into()), ("path", "/x\n".into())] };
+        let fields = Fields {
+            message: "a \"b\"".into(),
+            others: vec![("pid", "7".into()), ("path", "/x\n".into())],
+            ..Fields::default()
+        };
         let line = json(&Level::ERROR, "agent::x", UNIX_EPOCH, &fields);
         let pid = std::process::id();
         let version = env!("CARGO_PKG_VERSION");
@@ -326,6 +371,20 @@ mod tests {
             "{line}"
         );
         assert_eq!(kept.after(&mut position), Next::Nothing);
+    }
+
+    #[test]
+    fn a_line_is_cut_whatever_is_in_it() {
+        for word in ["x", "ü", "\u{1}", "\"", "\n", "a\\b"] {
+            let mut fields = Fields::default();
+            fields.record("message", &"what happened");
+            fields.record("path", &format_args!("{}", word.repeat(1 << 20)));
+            fields.record("later", &"y");
+            for line in [json(&Level::WARN, "x", UNIX_EPOCH, &fields), short(&Level::WARN, &fields)] {
+                assert!((LONGEST / 6..LONGEST + 512).contains(&line.len()), "{word:?}: {}", line.len());
+                assert!(line.contains("what happened") && line.contains('…') && line.contains("later"));
+            }
+        }
     }
 
     async fn read(connection: &mut (impl tokio::io::AsyncBufRead + Unpin), lines: usize) -> Vec<String> {

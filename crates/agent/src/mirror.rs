@@ -15,10 +15,7 @@ use std::{
     io,
     os::{
         fd::{AsFd, OwnedFd},
-        unix::{
-            ffi::{OsStrExt, OsStringExt},
-            fs::FileExt,
-        },
+        unix::ffi::{OsStrExt, OsStringExt},
     },
     path::{Path, PathBuf},
     sync::atomic::{AtomicBool, Ordering},
@@ -391,13 +388,10 @@ fn open_for_writing(parent: &impl AsFd, name: &std::ffi::CStr) -> rustix::io::Re
     tree::open_entry(parent, name, OFlags::WRONLY).map(File::from)
 }
 
-/// Replaces what a file holds, and cuts it last: it is never shorter than both.
-fn overwrite(from: &mut File, to: &File) -> io::Result<()> {
-    use io::Read;
-    let mut content = Vec::new();
-    from.read_to_end(&mut content)?;
-    to.write_all_at(&content, 0)?;
-    to.set_len(content.len() as u64)
+/// Replaces what a file holds from its beginning, piece by piece, and cuts it last: it is never shorter than both.
+fn overwrite(from: &mut impl io::Read, mut to: &File) -> io::Result<()> {
+    let length = io::copy(from, &mut to)?;
+    to.set_len(length)
 }
 
 #[cfg(test)]

@@ -287,6 +287,34 @@ fn a_single_file_keeps_its_inode() {
 }
 
 #[test]
+fn a_file_is_overwritten_piece_by_piece() {
+    /// Sees to it that what it gave is in the copy before it is asked for much more.
+    struct Pieces {
+        copy: PathBuf,
+        given: usize,
+        total: usize,
+    }
+    impl io::Read for Pieces {
+        fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+            let written = fs::read(&self.copy).unwrap().iter().filter(|byte| **byte == b'n').count();
+            assert!(self.given - written <= 64 << 10, "{} bytes are in memory", self.given - written);
+            let length = buffer.len().min(self.total - self.given);
+            buffer[..length].fill(b'n');
+            self.given += length;
+            Ok(length)
+        }
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let copy = directory.path().join("copy");
+    for (before, total) in [(700_000, 500_001), (3, 500_001), (3, 0)] {
+        fs::write(&copy, vec![b'o'; before]).unwrap();
+        let to = File::options().write(true).open(&copy).unwrap();
+        overwrite(&mut Pieces { copy: copy.clone(), given: 0, total }, &to).unwrap();
+        assert_eq!(fs::read(&copy).unwrap(), vec![b'n'; total]);
+    }
+}
+
+#[test]
 fn a_source_that_is_gone_leaves_the_copy_as_it_was() {
     let mut world = World::new();
     fs::write(world.source("f"), "x").unwrap();

@@ -56,6 +56,33 @@ fn try_load(root: &OwnedFd, path: &str) -> Result<()> {
     Ok(())
 }
 
+/// Drivers that the guest does not know of.
+#[derive(Debug, Default)]
+pub(crate) struct Missing(Vec<&'static str>);
+
+impl Missing {
+    fn after(kinds: &[String], load: &Load) -> Result<Missing> {
+        let mut missing = Missing::default();
+        for alternatives in kinds.iter().flat_map(|kind| drivers(kind)) {
+            let unknown = unknown_of(alternatives, load)?;
+            if unknown.len() == alternatives.len() {
+                missing.0.extend(unknown);
+            }
+        }
+        Ok(missing)
+    }
+
+    /// Adds them to the error of whoever waited for a device in vain.
+    pub(crate) fn explain(&self, error: Error) -> Error {
+        match error {
+            Error::Timeout(text) if !self.0.is_empty() => {
+                Error::Timeout(format!("{text}; the guest has no driver {}", self.0.join(", ")))
+            }
+            error => error,
+        }
+    }
+}
+
 impl Guest {
     /// Has the kernel load a module, and first what that depends on; `-` and `_` are the same. One that is there is fine,
     /// unless it should have been loaded with parameters. Blocks.
@@ -94,35 +121,28 @@ impl Guest {
         if !self.init || known.lines().any(|line| line.split('\t').nth(1) == Some(fstype)) {
             return Ok(());
         }
-        let loaded = match fstype {
-            "9p" => self.load_all(&["9pnet_virtio", "9p"]),
+        let modules: &[&str] = match fstype {
+            "9p" => &["9pnet_virtio", "9p"],
             // The characters of its names, as the kernel is built to expect them.
-            "vfat" => self.load_all(&["nls_cp437", "nls_ascii", "vfat"]),
-            fstype => self.load_module(fstype, ""),
+            "vfat" => &["nls_cp437", "nls_ascii", "vfat"],
+            fstype => &[fstype],
         };
-        match loaded {
-            Err(Error::Invalid(_)) => Err(Error::State(format!(
+        if unknown_of(modules, &|name| self.load_module(name, ""))?.contains(&fstype) {
+            return Err(Error::State(format!(
                 "the guest's kernel has no file system {fstype:?} and no module for it"
-            ))),
-            loaded => loaded,
+            )));
         }
+        Ok(())
     }
 
-    /// Has the kernel know what a kind of device or storage stands on. On a machine of somebody else that is somebody
-    /// else's business. Blocks.
-    pub(crate) fn load_drivers(&self, kind: &str) -> Result<()> {
-        let modules: &[&str] = match kind {
-            "scsi" => &["virtio_scsi", "sd_mod"],
-            // Of an NVDIMM, or of virtio.
-            "nvdimm" => &["nfit", "virtio_pmem", "nd_pmem"],
-            "vfio-pci" => &["vfio_pci", "vfio_iommu_type1"],
-            _ => &[],
-        };
-        if self.init { self.load_all(modules) } else { Ok(()) }
-    }
-
-    fn load_all(&self, modules: &[&str]) -> Result<()> {
-        modules.iter().try_for_each(|name| self.load_module(name, ""))
+    /// Has the kernel know what kinds of devices or storages stand on, and says what it does not know: that may be missed
+    /// or not, which shows when a device is waited for. On a machine of somebody else that is somebody else's business.
+    /// Blocks.
+    pub(crate) fn load_drivers(&self, kinds: &[String]) -> Result<Missing> {
+        if !self.init {
+            return Ok(Missing::default());
+        }
+        Missing::after(kinds, &|name| self.load_module(name, ""))
     }
 
     fn insert(&self, name: &str, parameters: &str) -> Result<()> {
@@ -176,6 +196,34 @@ impl Guest {
     }
 }
 
+/// Loads a module; [`Error::Invalid`] for one that nothing knows.
+type Load<'a> = dyn Fn(&str) -> Result<()> + 'a;
+
+/// Loads those that can be found, and returns the others: they may be built in without saying so.
+fn unknown_of<'a>(modules: &[&'a str], load: &Load) -> Result<Vec<&'a str>> {
+    let mut unknown = Vec::new();
+    for name in modules {
+        match load(name) {
+            Err(Error::Invalid(reason)) => {
+                tracing::debug!("{reason}");
+                unknown.push(*name);
+            }
+            loaded => loaded?,
+        }
+    }
+    Ok(unknown)
+}
+
+/// What a kind needs; of each group, one.
+fn drivers(kind: &str) -> &'static [&'static [&'static str]] {
+    match kind {
+        "scsi" => &[&["virtio_scsi"], &["sd_mod"]],
+        "nvdimm" => &[&["nfit", "virtio_pmem"], &["nd_pmem"]],
+        "vfio-pci" => &[&["vfio_pci"], &["vfio_iommu_type1"]],
+        _ => &[],
+    }
+}
+
 /// The name as the kernel has it; nothing that could be a path or an option.
 fn canonical(name: &str) -> Result<String> {
     let letters = |byte: u8| byte.is_ascii_alphanumeric() || b"_-".contains(&byte);
@@ -213,6 +261,18 @@ fn unpack(packed: &[u8]) -> Option<Vec<u8>> {
     let (size, block) = packed.split_first_chunk()?;
     let size = usize::try_from(u32::from_le_bytes(*size)).ok().filter(|size| *size <= LARGEST)?;
     lz4_flex::block::decompress(block, size).ok().filter(|module| module.len() == size)
+}
+
+#[cfg(any(test, fuzzing))]
+/// A packed module, and an index of modules in the same bytes.
+pub(crate) fn fuzz(data: &[u8]) {
+    let _ = unpack(data);
+    if let Some((name, index)) = std::str::from_utf8(data).ok().and_then(|text| text.split_once('\n'))
+        && let Ok(name) = canonical(name)
+    {
+        assert!(!name.contains('/') && before(index, &name).is_none_or(|before| !before.contains('\n')));
+        let _ = unknown(&name, index);
+    }
 }
 
 #[cfg(test)]
@@ -262,8 +322,33 @@ mod tests {
     fn nothing_is_loaded_into_the_kernel_of_somebody_else() {
         let error = Guest::plain().load_module("surely-not-a-module", "").unwrap_err();
         assert!(matches!(&error, Error::State(text) if text.contains("surely_not_a_module")), "{error}");
-        Guest::plain().load_drivers("scsi").unwrap();
+        assert!(Guest::plain().load_drivers(&["scsi".into()]).unwrap().0.is_empty());
         Guest::plain().load_filesystem("surely-not-a-file-system").unwrap();
+    }
+
+    #[test]
+    fn an_unknown_driver_is_told_to_who_waits_in_vain_and_a_damaged_one_at_once() {
+        let after = |known: &[&str], kind: &str| {
+            let load = |name: &str| {
+                if known.contains(&name) { Ok(()) } else { Err(Error::Invalid("unknown".into())) }
+            };
+            Missing::after(&[kind.to_owned()], &load).unwrap()
+        };
+        let explained = |missing: Missing| missing.explain(Error::Timeout("no disk".into())).to_string();
+        assert!(explained(after(&[], "blk")).ends_with("no disk"));
+        assert!(explained(after(&["sd_mod", "virtio_scsi"], "scsi")).ends_with("no disk"));
+        assert!(
+            explained(after(&["sd_mod"], "scsi")).ends_with("no disk; the guest has no driver virtio_scsi")
+        );
+        for one in ["nfit", "virtio_pmem"] {
+            assert!(explained(after(&[one, "nd_pmem"], "nvdimm")).ends_with("no disk"), "{one}");
+        }
+        assert!(explained(after(&["nd_pmem"], "nvdimm")).ends_with("no driver nfit, virtio_pmem"));
+        let other = after(&[], "nvdimm").explain(Error::State("other".into())).to_string();
+        assert!(!other.contains("nd_pmem"), "{other}");
+
+        let damaged = |_: &str| Err(Error::State("damaged".into()));
+        assert!(matches!(Missing::after(&["scsi".into()], &damaged), Err(Error::State(_))));
     }
 
     #[test]

@@ -30,7 +30,7 @@ impl Pod {
     /// Makes both namespaces in a thread of their own, which leaves them to the descriptors. Blocks for that long.
     pub(crate) fn create(hostname: &str) -> Result<Pod> {
         let name = hostname.to_owned();
-        let made = std::thread::spawn(move || {
+        let make = move || {
             nix::sched::unshare(CloneFlags::CLONE_NEWIPC | CloneFlags::CLONE_NEWUTS)
                 .during(|| "make the pod's IPC and UTS namespaces".into())?;
             if !name.is_empty() {
@@ -42,8 +42,10 @@ impl Pod {
                 File::open(&path).during(|| format!("open {path}")).map(OwnedFd::from)
             };
             Ok(Pod { ipc: open("ipc")?, uts: open("uts")?, hostname: name })
-        });
-        made.join()
+        };
+        let thread = std::thread::Builder::new().spawn(make).during(|| "start a thread".into())?;
+        thread
+            .join()
             .unwrap_or_else(|_| Err(std::io::Error::other("it panicked")).during(|| "run a thread".into()))
     }
 }

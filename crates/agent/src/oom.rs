@@ -52,6 +52,12 @@ struct Watched {
     kills: u64,
 }
 
+impl State {
+    fn watch_of(&self, container: &str) -> Option<i32> {
+        self.watched.iter().find_map(|(watch, w)| (w.container == container).then_some(*watch))
+    }
+}
+
 impl OomWatcher {
     /// Watches a container's `memory.events` until that file is gone; again is no error. Has to be called on the runtime.
     pub(crate) fn watch(self: &Arc<Self>, container: &str, file: PathBuf) -> Result<()> {
@@ -75,12 +81,18 @@ impl OomWatcher {
         Ok(())
     }
 
-    /// Looks a last time, before the cgroup goes and takes the figure with it.
+    /// Looks without having been told to, as before the cgroup goes and takes the figure with it.
+    pub(crate) fn look_at(&self, container: &str) {
+        let mut state = lock(&self.state);
+        if let Some(watch) = state.watch_of(container) {
+            self.look(&mut state, watch);
+        }
+    }
+
+    /// Forgets a container that is gone.
     pub(crate) fn unwatch(&self, container: &str) {
         let mut state = lock(&self.state);
-        let watch = state.watched.iter().find_map(|(watch, w)| (w.container == container).then_some(*watch));
-        if let Some(watch) = watch {
-            self.look(&mut state, watch);
+        if let Some(watch) = state.watch_of(container) {
             state.watched.remove(&watch);
         }
     }
@@ -162,6 +174,12 @@ fn count(memory_events: &str) -> u64 {
     value.and_then(|value| value.trim().parse().ok()).unwrap_or(0)
 }
 
+#[cfg(any(test, fuzzing))]
+/// Counters of anybody.
+pub(crate) fn fuzz(text: &str) {
+    count(text);
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -200,7 +218,7 @@ mod tests {
         for n in 0..=QUEUE {
             std::fs::write(file(n), events(1)).unwrap();
             watcher.watch(&n.to_string(), file(n)).unwrap();
-            watcher.unwatch(&n.to_string());
+            watcher.look_at(&n.to_string());
         }
         // The oldest has gone.
         for n in 1..=QUEUE {
@@ -217,8 +235,14 @@ mod tests {
         let watcher = Arc::new(OomWatcher::default());
         watcher.watch("c", file.clone()).unwrap();
         std::fs::write(&file, events(1)).unwrap();
-        watcher.unwatch("c");
+        watcher.look_at("c");
         assert_eq!(watcher.next().await.as_deref(), Some("c"));
+        // It was not removed after all.
+        std::fs::write(&file, events(2)).unwrap();
+        assert_eq!(watcher.next().await.as_deref(), Some("c"));
+        watcher.unwatch("c");
+        std::fs::write(&file, events(3)).unwrap();
+        assert!(tokio::time::timeout(std::time::Duration::from_millis(20), watcher.next()).await.is_err());
         watcher.close();
         assert_eq!(watcher.next().await, None);
     }

@@ -135,7 +135,11 @@ pub(crate) async fn attach(
         && let Found::Live(process) = container.find(exec_id).await?
     {
         let (container, exec_id) = (Arc::clone(container), exec_id.to_owned());
-        streams.attach(&process, move || container.drained(&exec_id));
+        let drained = Arc::clone(&container);
+        streams.attach(&process, move || drained.drained(&exec_id));
+        if container.closed() {
+            process.copy_ends();
+        }
     }
     Ok(())
 }
@@ -163,8 +167,11 @@ impl Streams {
         });
         let process = Arc::clone(process);
         crate::sync::spawn(async move {
-            if let Some(stdin) = self.stdin {
-                receive(stdin, &process).await;
+            match self.stdin {
+                Some(stdin) => receive(stdin, &process).await,
+                // To close it would be to type the end of input into it.
+                None if process.streams.terminal() => return,
+                None => {}
             }
             process.streams.stdin.close(process.exit()).await;
         });
@@ -204,7 +211,11 @@ pub(crate) async fn receive(mut connection: impl AsyncRead + Unpin, process: &Pr
 
 #[cfg(test)]
 mod tests {
-    use rustix::pipe::{PipeFlags, pipe_with};
+    use rustix::{
+        fs::{Mode, OFlags},
+        pipe::{PipeFlags, pipe_with},
+        pty::OpenptFlags,
+    };
     use tokio::io::DuplexStream;
 
     use super::*;
@@ -328,6 +339,39 @@ mod tests {
         assert_eq!(waiting.await.unwrap(), 3);
         drained.notified().await;
         assert!(process.streams.drained());
+    }
+
+    #[tokio::test]
+    async fn without_input_a_pipe_ends_and_nothing_is_typed_into_a_terminal() {
+        let flags = OpenptFlags::RDWR | OpenptFlags::NOCTTY;
+        let master = rustix::pty::openpt(flags).unwrap();
+        rustix::pty::grantpt(&master).unwrap();
+        rustix::pty::unlockpt(&master).unwrap();
+        let name = rustix::pty::ptsname(&master, Vec::new()).unwrap();
+        let slave =
+            rustix::fs::open(name, OFlags::RDWR | OFlags::NOCTTY | OFlags::NONBLOCK, Mode::empty()).unwrap();
+        let (with_terminal, _exits) =
+            process(bulkhead_executor::Streams { terminal: Some(master), ..Default::default() });
+        let (stdin, stdin_writer) = pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK).unwrap();
+        let (with_pipe, _exits) =
+            process(bulkhead_executor::Streams { stdin: Some(stdin_writer), ..Default::default() });
+        Streams::default().attach(&with_terminal, || ());
+        Streams::default().attach(&with_pipe, || ());
+
+        let stdin = crate::sys::watch(stdin, tokio::io::Interest::READABLE).unwrap();
+        let mut byte = [0];
+        stdin
+            .readable()
+            .await
+            .unwrap()
+            .try_io(|fd| Ok(rustix::io::read(fd.get_ref(), &mut byte)?))
+            .unwrap()
+            .unwrap();
+        // The pipe has ended, so the terminal's task has run, too. What was typed then would come before this.
+        with_terminal.streams.stdin.write(b"typed\n", with_terminal.exit()).await.unwrap();
+        let mut line = [0; 16];
+        let read = rustix::io::read(&slave, &mut line).unwrap();
+        assert_eq!(&line[..read], b"typed\n");
     }
 
     #[tokio::test]

@@ -24,12 +24,17 @@ impl HostPort {
     pub(crate) async fn accept(&self) -> io::Result<(VsockStream, u32)> {
         loop {
             let (connection, peer) = self.0.accept().await?;
-            if peer.cid() == ports::HOST_CID {
+            if is_host(&peer) {
                 return Ok((connection, peer.port()));
             }
             tracing::warn!(cid = peer.cid(), "refused a connection that is not the host's");
         }
     }
+}
+
+/// Connections from the guest itself come from the loopback's or the guest's own number.
+fn is_host(peer: &VsockAddr) -> bool {
+    peer.cid() == ports::HOST_CID
 }
 
 /// Hands every connection of the host to `taken`, for as long as the agent runs. Has to be called on the runtime.
@@ -52,4 +57,19 @@ pub(crate) fn serve(
         }
     });
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio_vsock::{VMADDR_CID_HYPERVISOR, VMADDR_CID_LOCAL};
+
+    use super::*;
+
+    #[test]
+    fn only_the_host_gets_through() {
+        assert!(is_host(&VsockAddr::new(2, 1024)));
+        for cid in [VMADDR_CID_HYPERVISOR, VMADDR_CID_LOCAL, 3, 4711, VMADDR_CID_ANY] {
+            assert!(!is_host(&VsockAddr::new(cid, 1024)), "{cid}");
+        }
+    }
 }

@@ -132,6 +132,12 @@ fn drops_sigterm(status: &str) -> bool {
     first && ["SigBlk", "SigIgn", "SigCgt"].into_iter().all(|name| set(name) & bit == 0)
 }
 
+#[cfg(any(test, fuzzing))]
+/// A status of anybody.
+pub(crate) fn fuzz(text: &str) {
+    drops_sigterm(text);
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

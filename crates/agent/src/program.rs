@@ -23,6 +23,9 @@ use crate::{
 /// The most that a program can say; what it writes beyond fails.
 const OUTPUT: u64 = 4 << 20;
 
+/// And so much of it gets into a message.
+const WORDS: usize = 4 << 10;
+
 /// How a program ended.
 #[derive(Debug)]
 pub(crate) struct Output {
@@ -35,9 +38,11 @@ pub(crate) struct Output {
 }
 
 impl Output {
-    /// What it said, for a message: the standard error, else the standard output, in one line.
+    /// What it said, for a message: the beginning of the standard error, else of the standard output, in one line.
     pub(crate) fn words(&self) -> String {
-        let said = if self.stderr.trim_ascii().is_empty() { &self.stdout } else { &self.stderr };
+        let said =
+            if self.stderr.trim_ascii().is_empty() { &self.stdout } else { &self.stderr }.trim_ascii_start();
+        let said = said.get(..WORDS).unwrap_or(said);
         String::from_utf8_lossy(said).split_whitespace().collect::<Vec<_>>().join(" ")
     }
 }
@@ -121,6 +126,18 @@ fn read(file: &mut File) -> io::Result<Vec<u8>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_message_has_the_beginning_of_what_was_said() {
+        let said = |stdout: &[u8], stderr: &[u8]| {
+            Output { code: 1, stdout: stdout.to_vec(), stderr: stderr.to_vec() }.words()
+        };
+        assert_eq!(said(b"out", b" \n"), "out");
+        assert_eq!(said(b"out", b"went\n wrong\n"), "went wrong");
+        let blank = vec![b' '; 2 * WORDS];
+        assert_eq!(said(b"", &[&blank[..], b"late"].concat()), "late");
+        assert_eq!(said(b"", &[b'x'; 2 * WORDS]).len(), WORDS);
+    }
 
     #[test]
     fn output_is_what_was_written_and_bounded() {

@@ -36,7 +36,7 @@ use crate::{
     reaper::Reaper,
     service::user_names,
     shared_mounts,
-    storage::Storages,
+    storage::{Storages, allow_bound, is_bound},
     sync::{blocking, lock},
 };
 
@@ -67,6 +67,8 @@ pub(crate) struct Sandbox {
 #[derive(Default)]
 struct State {
     phase: Phase,
+    /// A CreateSandbox is under way, whatever the phase.
+    creating: bool,
     /// The id that the host gave it; that of its pause container, if it has one.
     id: String,
     shared: Shared,
@@ -83,7 +85,6 @@ enum Phase {
     /// Nobody has asked for a sandbox yet; containers share nothing but the network.
     #[default]
     Bare,
-    Creating,
     Ready,
     Ending,
 }
@@ -117,32 +118,47 @@ impl Sandbox {
         {
             let mut state = lock(&self.state);
             match state.phase {
-                Phase::Bare => state.phase = Phase::Creating,
                 Phase::Ending => return Err(ending()),
-                Phase::Creating | Phase::Ready => return Err(Error::Exists("the sandbox".into())),
+                Phase::Bare if !state.creating => state.creating = true,
+                Phase::Bare | Phase::Ready => return Err(Error::Exists("the sandbox".into())),
             }
         }
         let (id, share_pid) = (request.sandbox_id.clone(), request.sandbox_pidns);
-        let prepared = self.prepare(request).await;
-        let mut state = lock(&self.state);
-        let (phase, result) = match prepared {
-            Ok((pod, guest_hooks)) => {
-                state.shared.pod = Some(Arc::new(pod));
-                state.guest_hooks = Arc::new(guest_hooks);
-                (state.id, state.share_pid) = (id, share_pid);
-                (Phase::Ready, Ok(()))
+        let prepared = match self.prepare(request).await {
+            // Whoever ends it waits for this, but not forever.
+            Ok((.., storages)) if lock(&self.state).phase == Phase::Ending => {
+                self.storages.cancel_all(&storages).await;
+                Err(ending())
             }
-            Err(error) => (Phase::Bare, Err(error)),
+            prepared => prepared,
         };
-        if state.phase == Phase::Creating {
-            state.phase = phase;
-        }
+        let mut state = lock(&self.state);
+        state.creating = false;
+        let result = prepared.map(|(pod, guest_hooks, _)| {
+            state.shared.pod = Some(Arc::new(pod));
+            state.guest_hooks = Arc::new(guest_hooks);
+            (state.id, state.share_pid) = (id, share_pid);
+            if state.phase == Phase::Bare {
+                state.phase = Phase::Ready;
+            }
+        });
         drop(state);
         self.changed.notify_waiters();
         result
     }
 
-    async fn prepare(&self, request: CreateSandboxRequest) -> Result<(Pod, GuestHooks)> {
+    /// Waits until no CreateSandbox is under way.
+    async fn created(&self) {
+        loop {
+            let changed = self.changed.notified();
+            if !lock(&self.state).creating {
+                return;
+            }
+            changed.await;
+        }
+    }
+
+    async fn prepare(&self, request: CreateSandboxRequest) -> Result<(Pod, GuestHooks, Vec<String>)> {
         self.guest.prepared().await;
         let hostname = request.hostname.clone();
         let pod = blocking(move || Pod::create(&hostname)).await?;
@@ -151,9 +167,9 @@ impl Sandbox {
         let storages = self.storages.add_all(request.storages, None).await?;
         // They may be in one of the storages.
         match blocking(move || GuestHooks::scan(&request.guest_hook_path)).await {
-            Ok(guest_hooks) => Ok((pod, guest_hooks)),
+            Ok(guest_hooks) => Ok((pod, guest_hooks, storages)),
             Err(error) => {
-                self.storages.release_all(&storages).await;
+                self.storages.cancel_all(&storages).await;
                 Err(error)
             }
         }
@@ -179,16 +195,18 @@ impl Sandbox {
                 Arc::clone(&self.guest),
                 request.devices.iter().map(|device| device.type_.clone()).collect(),
             );
-            blocking(move || kinds.iter().try_for_each(|kind| guest.load_drivers(kind))).await?;
-            self.devices.plug(&id, &request.devices, &mut spec).await?;
+            let missing = blocking(move || guest.load_drivers(&kinds)).await?;
+            let plugged = self.devices.plug(&id, &request.devices, &mut spec).await;
+            plugged.map_err(|error| missing.explain(error))?;
             let guest_hooks = Arc::clone(&lock(&self.state).guest_hooks);
             guest_hooks.add_to(&mut spec);
             let user = user_names(request.string_user.into_option());
+            let bound = request.storages.iter().filter(|storage| is_bound(storage)).cloned().collect();
             let storages = self.storages.add_all(request.storages, Some(&id)).await?;
-            let made = self.make(&id, spec, user, &shared, storages.clone()).await;
+            let made = self.make(&id, spec, bound, user, &shared, storages.clone()).await;
             let made = self.complete(made, request.shared_mounts).await;
             if made.is_err() {
-                self.storages.release_all(&storages).await;
+                self.storages.cancel_all(&storages).await;
             }
             made
         }
@@ -258,11 +276,13 @@ impl Sandbox {
         &self,
         id: &str,
         mut spec: oci::Spec,
+        bound: Vec<Storage>,
         user: UserNames,
         shared: &Shared,
         storages: Vec<String>,
     ) -> Result<Arc<Container>> {
         namespaces::settle(&mut spec, shared);
+        let spec = blocking(move || allow_bound(&bound, &mut spec).map(|()| spec)).await?;
         let config = bulkhead_executor::Config {
             id: id.to_owned(),
             spec,
@@ -354,10 +374,11 @@ impl Sandbox {
     }
 
     async fn take_apart(&self, container: Arc<Container>) -> Result<()> {
-        // The last look: the figure goes with the cgroup.
-        self.oom.unwatch(container.id());
+        // The last look, after which it is still watched if it stays: the figure goes with the cgroup.
+        self.oom.look_at(container.id());
         let destroyed = container.destroy().await;
         if destroyed.is_ok() {
+            self.oom.unwatch(container.id());
             self.storages.release_all(&container.storages).await;
             self.devices.forget(container.id());
         }
@@ -394,6 +415,9 @@ impl Sandbox {
                 })
             })
             .collect();
+        if tokio::time::timeout(FAREWELL, self.created()).await.is_err() {
+            tracing::error!("the sandbox was not made in time for its end");
+        }
         for removal in removals {
             // A task that panicked has nothing left to wait for.
             let _ = removal.await;
@@ -485,6 +509,66 @@ mod tests {
         lock(&sandbox.state).share_pid = true;
         sandbox.reserve("third").unwrap();
         assert!(sandbox.shared(false, "third").await.is_ok());
+    }
+
+    /// A CreateSandbox with three directories that has made the first and waits for the second, which another mounts.
+    async fn half_made() -> (Arc<Sandbox>, tempfile::TempDir, [tokio::task::JoinHandle<Result<()>>; 2]) {
+        let config = Config { hotplug_timeout: Duration::from_secs(3600), ..Config::default() };
+        let sandbox = Sandbox::new(Arc::new(Guest::plain()), config);
+        let directory = tempfile::tempdir().unwrap();
+        let storage = |name: &str| Storage {
+            driver: "local".into(),
+            mount_point: directory.path().join(name).to_str().unwrap().into(),
+            ..Default::default()
+        };
+        let missing = "/dev/bulkhead-no-such-disk";
+        let hanging = Storage { driver: "mmioblk".into(), source: missing.into(), ..storage("2") };
+        let other = Arc::clone(&sandbox);
+        let other = tokio::spawn(async move { other.storages.add_all(vec![hanging], None).await.map(drop) });
+        tokio::task::yield_now().await;
+        let request =
+            CreateSandboxRequest { storages: ["1", "2", "3"].map(storage).to_vec(), ..Default::default() };
+        let creating = Arc::clone(&sandbox);
+        let creation = tokio::spawn(async move { creating.create(request).await });
+        while !directory.path().join("1").exists() {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+            assert!(!creation.is_finished());
+        }
+        (sandbox, directory, [creation, other])
+    }
+
+    #[tokio::test]
+    async fn the_end_waits_for_a_sandbox_that_is_being_made_and_leaves_nothing_of_it() {
+        if !rustix::process::geteuid().is_root() {
+            return eprintln!("skipped: making namespaces needs root");
+        }
+        let (sandbox, directory, [creation, other]) = half_made().await;
+        let ending = Arc::clone(&sandbox);
+        let end = tokio::spawn(async move { ending.destroy().await });
+        while lock(&sandbox.state).phase != Phase::Ending {
+            tokio::task::yield_now().await;
+        }
+        let again = sandbox.create(CreateSandboxRequest::default()).await;
+        assert!(matches!(again, Err(Error::State(_))), "{again:?}");
+        assert!(!end.is_finished());
+        other.abort();
+        assert!(matches!(creation.await.unwrap(), Err(Error::State(_))));
+        end.await.unwrap();
+        assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 0);
+    }
+
+    #[tokio::test]
+    async fn a_sandbox_that_is_made_after_its_end_takes_itself_back() {
+        if !rustix::process::geteuid().is_root() {
+            return eprintln!("skipped: making namespaces needs root");
+        }
+        let (sandbox, directory, [creation, other]) = half_made().await;
+        // As if the end had waited long enough.
+        lock(&sandbox.state).phase = Phase::Ending;
+        other.abort();
+        assert!(matches!(creation.await.unwrap(), Err(Error::State(_))));
+        assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 0);
+        assert!(lock(&sandbox.state).shared.pod.is_none());
     }
 
     #[tokio::test]

@@ -107,6 +107,11 @@ impl Streams {
         Some(rustix::termios::tcsetwinsize(terminal.get_ref(), size).map_err(io::Error::from))
     }
 
+    /// Whether they are those of a terminal.
+    pub(crate) fn terminal(&self) -> bool {
+        self.terminal.is_some()
+    }
+
     /// Whether every output has been read to its end.
     pub(crate) fn drained(&self) -> bool {
         let ended = |output: &Output| output.source.try_lock().is_ok_and(|source| source.is_none());

@@ -5,14 +5,18 @@ use std::{
     io,
     pin::Pin,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
 };
 
 use tokio::{
-    sync::{Semaphore, oneshot},
+    sync::{OwnedSemaphorePermit, Semaphore, oneshot},
     task::JoinHandle,
 };
 
-use crate::error::{Error, Result};
+use crate::{
+    error::{Error, Result},
+    threads,
+};
 
 /// Locks for a moment. A panic elsewhere must not turn into a second one here: every critical section of the agent leaves
 /// its data consistent at each step.
@@ -30,11 +34,8 @@ pub(crate) fn spawn(work: impl Future<Output = ()> + Send + 'static) -> JoinHand
 }
 
 /// Starts work that blocks, off the runtime's thread.
-pub(crate) fn spawn_blocking(work: impl FnOnce() + Send + 'static) -> JoinHandle<()> {
-    fn start(work: Box<dyn FnOnce() + Send>) -> JoinHandle<()> {
-        tokio::task::spawn_blocking(work)
-    }
-    start(Box::new(work))
+pub(crate) fn spawn_blocking(work: impl FnOnce() + Send + 'static) {
+    threads::start(Box::new(work));
 }
 
 /// Runs work that changes the agent's state to its end, even when the client hangs up or its deadline passes: ttrpc drops
@@ -61,6 +62,9 @@ where
     result.await.unwrap_or_else(|_| Err(lost()))
 }
 
+/// A turn in a lane that may hang is waited for this long, which is less than hosts wait for an answer.
+const PATIENCE: Duration = Duration::from_secs(10);
+
 /// Bounds how much work of one owner blocks at a time, so that what hangs with one leaves the threads to others.
 #[derive(Clone)]
 pub(crate) struct Lane(Arc<Semaphore>);
@@ -79,13 +83,37 @@ impl Lane {
     {
         // It is never closed.
         let place = Arc::clone(&self.0).acquire_owned().await.ok();
-        blocking(move || {
-            let result = work();
-            drop(place);
-            result
-        })
-        .await
+        in_place(place, work).await
     }
+
+    /// As [`Lane::blocking`], for work that can hang for ever, as with a volume whose server is gone: whoever has waited
+    /// [`PATIENCE`] for its turn is told so.
+    pub(crate) async fn bounded<T, F>(&self, what: &str, work: F) -> Result<T>
+    where
+        T: Send + 'static,
+        F: FnOnce() -> Result<T> + Send + 'static,
+    {
+        let Ok(place) = tokio::time::timeout(PATIENCE, Arc::clone(&self.0).acquire_owned()).await else {
+            let waited = PATIENCE.as_secs();
+            return Err(Error::Timeout(format!(
+                "cannot {what}: earlier requests of that kind hang, and none has ended within {waited} s"
+            )));
+        };
+        in_place(place.ok(), work).await
+    }
+}
+
+async fn in_place<T, F>(place: Option<OwnedSemaphorePermit>, work: F) -> Result<T>
+where
+    T: Send + 'static,
+    F: FnOnce() -> Result<T> + Send + 'static,
+{
+    blocking(move || {
+        let result = work();
+        drop(place);
+        result
+    })
+    .await
 }
 
 fn lost() -> Error {
@@ -113,5 +141,22 @@ mod tests {
         assert!(!next.is_finished());
         release.send(()).unwrap();
         assert_eq!(next.await.unwrap().unwrap(), 1);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn who_waits_behind_work_that_hangs_is_told_so() {
+        let lane = Lane::new(1);
+        let (_hang, hung) = std::sync::mpsc::channel::<()>();
+        let hanging = lane.clone();
+        let _first =
+            tokio::spawn(async move { hanging.bounded("look", move || Ok(hung.recv().is_ok())).await });
+        while lane.0.available_permits() > 0 {
+            tokio::task::yield_now().await;
+        }
+        let told = lane.bounded("look at a volume", || Ok(())).await.unwrap_err();
+        assert!(
+            matches!(&told, Error::Timeout(text) if text.starts_with("cannot look at a volume: ")),
+            "{told}"
+        );
     }
 }

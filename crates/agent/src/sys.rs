@@ -6,10 +6,9 @@ use std::{
     io,
     os::{
         fd::{AsRawFd, BorrowedFd, OwnedFd},
-        unix::{ffi::OsStrExt, process::CommandExt},
+        unix::ffi::OsStrExt,
     },
     path::Path,
-    process::Command,
 };
 
 use tokio::io::{Interest, unix::AsyncFd};
@@ -42,17 +41,6 @@ pub(crate) fn credit_entropy(random: BorrowedFd<'_>, bits: i32) -> io::Result<()
         return Err(io::Error::last_os_error());
     }
     Ok(())
-}
-
-/// Makes a program the leader of a session whose terminal is its standard input.
-pub(crate) fn with_terminal(command: &mut Command) -> &mut Command {
-    let lead = || {
-        // SAFETY: neither call takes a pointer.
-        let led = unsafe { libc::setsid() != -1 && libc::ioctl(0, libc::TIOCSCTTY, 0) != -1 };
-        if led { Ok(()) } else { Err(io::Error::last_os_error()) }
-    };
-    // SAFETY: between fork and exec it makes two system calls and touches no memory of the parent.
-    unsafe { command.pre_exec(lead) }
 }
 
 /// Registers a descriptor with the runtime this is called on.

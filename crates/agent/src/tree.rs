@@ -101,6 +101,26 @@ fn remove_at(directory: rustix::fd::BorrowedFd<'_>, name: &CStr, depth: usize) -
     rustix::fs::unlinkat(directory, name, AtFlags::REMOVEDIR)
 }
 
+#[cfg(any(test, fuzzing))]
+/// Paths below a directory: nothing is opened beside it.
+pub(crate) fn fuzz(text: &str) {
+    let world = crate::fuzz::World::new();
+    let Ok(root) = open(&world.root(), OFlags::RDONLY | OFlags::DIRECTORY) else { return };
+    for line in crate::fuzz::lines(text) {
+        let name = CString::new(line).unwrap_or_default();
+        let opened =
+            [open_below(&root, Path::new(line), OFlags::PATH), open_entry(&root, &name, OFlags::PATH)];
+        for found in opened.into_iter().flatten() {
+            let real = std::fs::read_link(by_descriptor(&found)).unwrap_or_default();
+            assert!(real.starts_with(world.root()), "{line:?} is {}", real.display());
+        }
+    }
+    for name in entries(&root).unwrap_or_default() {
+        let _ = remove(&root, &name);
+    }
+    world.unharmed();
+}
+
 #[cfg(test)]
 mod tests {
     use std::{fs, os::unix::fs::symlink};

@@ -246,6 +246,13 @@ fn unescape(text: &str) -> PathBuf {
     std::ffi::OsString::from_vec(bytes).into()
 }
 
+#[cfg(any(test, fuzzing))]
+/// A list of mounts of anybody.
+pub(crate) fn fuzz(text: &str) {
+    let directory = Path::new("/run");
+    assert!(mount_points_below(text, directory).iter().all(|point| point.starts_with(directory)));
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

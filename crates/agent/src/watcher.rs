@@ -21,7 +21,7 @@ use tokio::{io::Interest, runtime::Handle, task::AbortHandle, time::MissedTickBe
 use crate::{
     error::{Error, Result},
     mirror::{Mirror, Updated},
-    sync::lock,
+    sync::{blocking, lock},
     sys,
 };
 
@@ -162,8 +162,12 @@ impl Watcher {
             ready.clear_ready();
             copy.dirty.store(true, Ordering::Relaxed);
             let updating = Arc::clone(&copy);
+            let update = move || {
+                updating.update();
+                Ok(())
+            };
             // A lost task is a copy that nobody updates; the other way is left to it.
-            if crate::sync::spawn_blocking(move || updating.update()).await.is_err() {
+            if blocking(update).await.is_err() {
                 copy.silent.store(true, Ordering::Relaxed);
             }
             if copy.silent.load(Ordering::Relaxed) {

@@ -355,6 +355,52 @@ async fn a_sandbox_that_shares_its_pids_does_so_with_every_container() {
 }
 
 #[tokio::test]
+async fn a_pid_namespace_is_joined_by_a_descriptor_and_only_while_its_first_process_runs() {
+    let agent = agent_or_skip!();
+    let member = async |id: &str| {
+        let request = CreateContainerRequest {
+            container_id: id.into(),
+            OCI: MessageField::some(agent.spec(&["sleep", "1000"])),
+            sandbox_pidns: true,
+            ..Default::default()
+        };
+        agent.client.create_container(context(), &request).await?;
+        agent.start_container(id).await
+    };
+    let pids = async |id: &str| agent.shell(id, "pids", "readlink /proc/self/ns/pid").await.0;
+    let kept = || {
+        let files = std::fs::read_dir(format!("/proc/{}/fd", agent.pid())).unwrap();
+        let links = files.filter_map(|file| std::fs::read_link(file.unwrap().path()).ok());
+        let links = links.map(|link| link.to_str().unwrap_or_default().to_owned());
+        links.filter(|link| link.starts_with("pid:")).collect::<Vec<_>>()
+    };
+    agent.run("pod", &["sleep", "1000"]).await;
+    member("c1").await.unwrap();
+    let of_pod = pids("pod").await;
+    assert_eq!(pids("c1").await, of_pod);
+    assert!(kept().contains(&of_pod.trim().to_owned()), "{:?}", kept());
+
+    // It has ended and is reaped, and its pid may be another's.
+    agent.signal("pod", "", 9).await.unwrap();
+    for id in ["pod", "c1"] {
+        assert_eq!(agent.wait(id, "").await.unwrap(), 128 + 9);
+    }
+    for _ in 0..2 {
+        let text = failed(member("c2").await, Kind::FailedPrecondition);
+        assert!(text.contains("no pid namespace") && text.contains("first container is gone"), "{text}");
+    }
+    // Who does not ask has one of its own.
+    agent.run("c3", &["sleep", "1000"]).await;
+    assert_ne!(pids("c3").await, of_pod);
+    agent.remove("pod").await.unwrap();
+    failed(member("c2").await, Kind::FailedPrecondition);
+    for id in ["c1", "c3"] {
+        agent.remove(id).await.unwrap();
+    }
+    assert!(kept().is_empty(), "{:?}", kept());
+}
+
+#[tokio::test]
 async fn figures_of_the_network_are_the_guests() {
     let agent = agent_or_skip!();
     agent.run("c1", &["sleep", "1000"]).await;

@@ -203,6 +203,17 @@ fn decision(rule: &Rule) -> Vec<u64> {
     code
 }
 
+#[cfg(any(test, fuzzing))]
+/// Rules of anybody: no jump leads out of the program.
+pub(crate) fn fuzz(rules: &[LinuxDeviceCgroup], nodes: &[LinuxDevice]) {
+    let Ok(plan) = plan(rules, nodes) else { return };
+    let program = compile(&plan);
+    for (at, [code, _, low, high, ..]) in program.iter().map(|raw| raw.to_le_bytes()).enumerate() {
+        let offset = usize::from(u16::from_le_bytes([low, high]));
+        assert!(code & 7 != 5 || code == EXIT || at + 1 + offset < program.len());
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -12,6 +12,8 @@ mod channel;
 mod container;
 mod device_filter;
 mod error;
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
 mod hooks;
 mod host;
 mod init;

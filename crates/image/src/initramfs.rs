@@ -1,4 +1,4 @@
-//! The guest's initial root: the agent as `/init`, and the modules it loads.
+//! The guest's initial root: the agent as `/init`, the modules it loads, and whatever else an image wants to hold.
 //!
 //! ```text
 //! /init                                     the agent, static
@@ -42,13 +42,45 @@ pub enum Error {
     Archive(#[source] std::io::Error),
 }
 
+/// What the guest finds at a path of its image, beside the agent and its modules. Paths have no leading slash.
+#[derive(Clone, Debug)]
+pub enum Extra {
+    /// A regular file: path, permission bits, content.
+    File(String, u32, Vec<u8>),
+    /// A symbolic link: path, target.
+    Link(String, String),
+}
+
+impl Extra {
+    /// A regular file.
+    pub fn file(path: impl Into<String>, mode: u32, content: impl Into<Vec<u8>>) -> Extra {
+        Extra::File(path.into(), mode, content.into())
+    }
+
+    /// A symbolic link.
+    pub fn link(path: impl Into<String>, target: impl Into<String>) -> Extra {
+        Extra::Link(path.into(), target.into())
+    }
+}
+
 /// The initramfs for the kernel of this `lib/modules/<release>` directory, with this program as `/init`.
 pub fn build(modules: &Path, agent: &Path) -> Result<Vec<u8>, Error> {
+    build_with(modules, agent, &[])
+}
+
+/// The same with more in it.
+pub fn build_with(modules: &Path, agent: &Path, extra: &[Extra]) -> Result<Vec<u8>, Error> {
     let tree = Modules::open(modules)?;
     let early = tree.resolve(EARLY, &[])?;
     let late = tree.resolve(LATE, &early)?;
 
     let mut archive = Archive::new();
+    for extra in extra {
+        match extra {
+            Extra::File(path, mode, content) => archive.file(path, *mode, content.clone()),
+            Extra::Link(path, target) => archive.symlink(path, target),
+        }
+    }
     archive.file("init", 0o755, read_static(agent)?);
     add(&mut archive, "early", &early)?;
     add(&mut archive, "late", &late)?;
@@ -126,6 +158,28 @@ mod tests {
         assert_eq!(bytes, build(second.path()));
         fs::write(second.path().join("virtiofs.ko"), "another").unwrap();
         assert_ne!(bytes, build(second.path()));
+    }
+
+    #[test]
+    fn an_image_holds_more_and_the_agent_stays_its_init() {
+        let directory = sample();
+        let agent = directory.path().join("agent");
+        let extra = [
+            Extra::file("etc/motd", 0o640, "hello there"),
+            Extra::link("bin/sh", "busybox"),
+            Extra::file("init", 0o755, "another"),
+        ];
+        let bytes = build_with(directory.path(), &agent, &extra).unwrap();
+        let text = String::from_utf8_lossy(&bytes);
+        for member in ["etc\0", "etc/motd\0", "hello there", "bin/sh\0", "busybox", "virtio.ko\0"] {
+            assert!(text.contains(member), "{member:?}");
+        }
+        assert!(text.contains("000081a0"), "mode 0640 of a regular file");
+        assert!(!text.contains("another"));
+        assert_eq!(
+            build_with(directory.path(), &agent, &[]).unwrap(),
+            build(directory.path(), &agent).unwrap()
+        );
     }
 
     #[test]

@@ -5,6 +5,8 @@
 
 use std::path::{Path, PathBuf};
 
+use bulkhead_image::initramfs::Extra;
+
 /// The slot of the bridge.
 pub(super) const BRIDGE: u8 = 0x02;
 const VSOCK: u8 = 0x03;
@@ -39,6 +41,8 @@ pub struct Hardware {
     pub kernel_parameters: Vec<String>,
     /// A further directory of the host, shared by virtio-fs under a tag of its own (beside the one of [`super::Agent::put`]).
     pub share: Option<(String, PathBuf)>,
+    /// What the initramfs holds beside the agent and its modules: the guest's own programs, hooks and configuration.
+    pub files: Vec<Extra>,
     /// Further arguments for QEMU.
     pub more: Vec<String>,
 }
@@ -56,6 +60,7 @@ impl Default for Hardware {
             nics: Vec::new(),
             kernel_parameters: Vec::new(),
             share: None,
+            files: Vec::new(),
             more: Vec::new(),
         }
     }

@@ -19,6 +19,7 @@
 //! - Nothing has been asked of the agent when the body starts. [`Agent::pod`] is the usual CreateSandbox; without it the
 //!   guest has no share, hence no [`Agent::rootfs`].
 //! - [`Agent::put`] puts a file into the share: below [`Agent::share`] in the guest, and in `/share` of no container.
+//! - [`Hardware::files`] is what the guest's image holds: programs, hooks, a policy. Usually that is nothing.
 //! - Any RPC: `agent.client.some_call(context(), &request).await?`; refusals: [`failed`], which asserts the kind and returns
 //!   the text. RPCs that must not end with the call's deadline: `Context::default()`.
 //! - [`Agent::plug_disk`], `plug_nic`, `plug_cpu`, `plug_memory`, `unplug` and [`Agent::qmp`]; [`Agent::addresses`] for what
@@ -58,6 +59,7 @@ use ttrpc::r#async::{Client, transport::Socket};
 use crate::{Scratch, busybox_rootfs};
 use vm::{Process, Vm};
 
+pub use bulkhead_image::initramfs::Extra;
 pub use client::{context, failed};
 pub use hardware::{Addresses, Disk, Hardware, Nic, Pmem};
 pub use spec::{grant, mount, process, spec};

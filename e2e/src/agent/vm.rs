@@ -18,7 +18,10 @@ use std::{
 };
 
 use anyhow::{Context, bail, ensure};
-use bulkhead_image::{initramfs, kernel};
+use bulkhead_image::{
+    initramfs::{self, Extra},
+    kernel,
+};
 use rustix::io::{FdFlags, fcntl_setfd};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
@@ -89,7 +92,7 @@ impl Vm {
         let prefix = scratch.prefix();
         let directory = tempfile::Builder::new().prefix("vm-").tempdir_in(scratch.path())?.keep();
         let path = |name: &str| directory.join(name);
-        let initramfs = initramfs(prefix, &path("initramfs.img"))?;
+        let initramfs = initramfs(prefix, &hardware.files, &path("initramfs.img"))?;
         let console = Console::default();
         let mut devices = vec![vsock(prefix, &path("vhost-vsock.sock"), &path("vsock.sock"))?];
         devices.push(file_system(prefix, &path("fs.sock"), share)?);
@@ -200,14 +203,16 @@ impl Drop for Process {
     }
 }
 
-/// The initramfs of the prefix, or one with the agent of `BULKHEAD_AGENT`.
-fn initramfs(prefix: &Prefix, path: &Path) -> anyhow::Result<PathBuf> {
-    let Some(agent) = env::var_os("BULKHEAD_AGENT") else {
-        return Ok(prefix.root.join("share/bulkhead/initramfs.img"));
+/// The initramfs of the prefix, or one with the agent of `BULKHEAD_AGENT` and with what else there shall be in it.
+fn initramfs(prefix: &Prefix, extra: &[Extra], path: &Path) -> anyhow::Result<PathBuf> {
+    let installed = || prefix.root.join("libexec/bulkhead/bulkhead-agent");
+    let agent = match env::var_os("BULKHEAD_AGENT") {
+        None if extra.is_empty() => return Ok(prefix.root.join("share/bulkhead/initramfs.img")),
+        agent => agent.map_or_else(installed, PathBuf::from),
     };
     let kernel = prefix.root.parent().context("the prefix has no parent")?.join("kernel");
     let package = kernel::Package::find(&kernel).context("the guest kernel's modules")?;
-    fs::write(path, initramfs::build(&package.modules, Path::new(&agent))?)?;
+    fs::write(path, initramfs::build_with(&package.modules, &agent, extra)?)?;
     Ok(path.to_owned())
 }
 

@@ -306,8 +306,8 @@ fn the_guests_hooks_run_in_the_guest(scratch: &Scratch) -> anyhow::Result<()> {
             agent.put(&format!("hooks/{file}"), hook(what).as_bytes(), 0o755)?;
         }
         agent.put("hooks/prestart/0-not-executable", b"x", 0o644)?;
-        let missing = CreateSandboxRequest { guest_hook_path: "/no/such".into(), ..agent.pod_request() };
-        failed(agent.client.create_sandbox(context(), &missing).await, Kind::InvalidArgument)?;
+        let relative = CreateSandboxRequest { guest_hook_path: "hooks".into(), ..agent.pod_request() };
+        failed(agent.client.create_sandbox(context(), &relative).await, Kind::InvalidArgument)?;
         let guest_hook_path = format!("{}/hooks", agent.share());
         let request = CreateSandboxRequest { guest_hook_path, ..agent.pod_request() };
         agent.client.create_sandbox(context(), &request).await?;

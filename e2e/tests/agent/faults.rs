@@ -22,6 +22,7 @@ pub(super) const CASES: &[Case] = cases![
     enospc_in_guest_leaves_the_agent_and_its_execs_alive,
     fork_bomb_with_a_limit_hurts_nobody_else,
     fork_bomb_without_a_limit_leaves_the_agent_answering,
+    fork_bomb_that_takes_every_thread_of_the_guest_does_not_end_it,
     oom_in_a_container_kills_it_and_nobody_else,
     oom_of_the_guest_never_takes_the_agent,
     cgroup_surprises_a_leftover_of_the_same_name_is_made_anew,
@@ -140,6 +141,45 @@ fn fork_bomb_without_a_limit_leaves_the_agent_answering(scratch: &Scratch) -> an
         for _ in 0..5 {
             timeout(PROMPT, agent.check()).await.context("the agent does not answer")??;
             tokio::time::sleep(Duration::from_secs(1)).await;
+        }
+        timeout(Duration::from_secs(60), agent.remove("bomb")).await.context("the bomb is not removed")??;
+        agent.run("after", &["true"]).await?;
+        ensure!(agent.wait("after", "").await? == 0);
+        Ok(())
+    })
+}
+
+/// A shell that reads its commands goes on when it cannot fork, so that it takes also the last thread.
+const GREEDY: &str = "yes 'sleep 1000 &' | sh -i > /dev/null 2>&1 & exec sleep 1000";
+
+fn fork_bomb_that_takes_every_thread_of_the_guest_does_not_end_it(scratch: &Scratch) -> anyhow::Result<()> {
+    let hardware =
+        Hardware { kernel_parameters: vec!["sysctl.kernel.threads-max=250".into()], ..Hardware::default() };
+    in_vm(scratch, hardware, async |agent| {
+        agent.pod().await?;
+        agent.run("bomb", &["sh", "-c", GREEDY]).await?;
+        let full = async {
+            let mut n = 0;
+            loop {
+                let exec = agent.exec("bomb", &format!("e{n}"), process(&["true"])).await;
+                if let Err(error) = exec {
+                    return error;
+                }
+                n += 1;
+                tokio::time::sleep(Duration::from_millis(200)).await;
+            }
+        };
+        let refused = timeout(Duration::from_secs(120), full).await.context("the bomb does not go off")?;
+        ensure!(refused.to_string().contains("Resource temporarily unavailable"), "{refused}");
+        for _ in 0..5 {
+            // Threads that are idle have gone by then, and cannot be made again.
+            tokio::time::sleep(Duration::from_millis(1500)).await;
+            let metrics = futures_util::future::join_all(
+                (0..4).map(|_| agent.client.get_metrics(context(), &GetMetricsRequest::new())),
+            );
+            for answer in timeout(PROMPT, metrics).await.context("the agent does not answer")? {
+                answer?;
+            }
         }
         timeout(Duration::from_secs(60), agent.remove("bomb")).await.context("the bomb is not removed")??;
         agent.run("after", &["true"]).await?;

@@ -142,6 +142,29 @@ fn memory_volumes_keep_their_options_grow_and_huge_pages_add_up(scratch: &Scratc
         failed(agent.client.create_container(context(), &too_much).await, Kind::FailedPrecondition)?;
         let total = agent.line("c1", "after", "grep HugePages_Total /proc/meminfo").await?;
         ensure!(total.split_whitespace().last() == Some("7"), "a failure keeps pages: {total}");
+        // What fails after its pages were reserved: the next storage, or the container itself.
+        let mut spec = agent.spec(&["true"]);
+        spec.Mounts.push(mount("/missing", "bind", "/no/such/source", &["rbind"]));
+        let broken = CreateContainerRequest {
+            OCI: MessageField::some(spec),
+            storages: vec![huge("third", 2)],
+            ..too_much.clone()
+        };
+        let bad = storage("ephemeral", "tmpfs", "tmpfs", &place("bad"), &["no-such-option"]);
+        let half = CreateContainerRequest {
+            storages: vec![huge("third", 2), huge("second", 9), bad],
+            ..too_much.clone()
+        };
+        for (exec, request) in [("after1", broken), ("after2", half)] {
+            ensure!(agent.client.create_container(context(), &request).await.is_err(), "{exec}");
+            let total = agent.line("c1", exec, "grep HugePages_Total /proc/meminfo").await?;
+            ensure!(total.split_whitespace().last() == Some("7"), "{exec}: a failure keeps pages: {total}");
+        }
+        // Each container says its own limit.
+        sleeper(agent, "c4", vec![(huge("second", 2), "/huge")]).await?;
+        let mounted = agent.line("c4", "mounted", "grep ' /huge ' /proc/mounts").await?;
+        ensure!(mounted.contains("size=8388608"), "{mounted}");
+        agent.remove("c4").await?;
 
         let size = async |name: &str, path: &str| -> anyhow::Result<u64> {
             let line = agent.line("c1", name, &format!("df -k {path} | tail -n 1")).await?;

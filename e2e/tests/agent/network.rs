@@ -19,6 +19,7 @@ pub(super) const CASES: &[Case] = cases![
     routes_become_what_is_wanted_in_both_families,
     the_packet_filter_is_read_and_set_by_the_guests_programs,
     the_network_of_a_plain_agents_machine_is_left_alone,
+    the_resolvers_file_is_written_and_nothing_mounted_on_it,
 ];
 
 const FIRST: &str = "02:00:00:00:00:01";
@@ -309,6 +310,38 @@ fn the_network_of_a_plain_agents_machine_is_left_alone(scratch: &Scratch) -> any
         failed(agent.client.set_ip_tables(context(), &rules).await, Kind::FailedPrecondition)?;
         ensure!(listed(agent, "lo").await?.raw_flags & 8 == 8, "IFF_LOOPBACK");
         agent.client.list_routes(context(), &ListRoutesRequest::new()).await?;
+        Ok(())
+    })
+}
+
+fn the_resolvers_file_is_written_and_nothing_mounted_on_it(scratch: &Scratch) -> anyhow::Result<()> {
+    in_vm(scratch, Hardware::default(), async |agent| {
+        let with = |server: &str| CreateSandboxRequest {
+            dns: vec![format!("nameserver {server}"), "search pod".into()],
+            // No guest has it, and that is no reason to fail.
+            guest_hook_path: "/no/such/hooks".into(),
+            ..agent.pod_request()
+        };
+        let mut failing = with("10.0.0.1");
+        failing.storages.push(Storage { driver: "floppy".into(), ..Default::default() });
+        for _ in 0..2 {
+            failed(agent.client.create_sandbox(context(), &failing).await, Kind::Unimplemented)?;
+        }
+        agent.client.create_sandbox(context(), &with("10.0.0.2")).await?;
+        agent.eye().await?;
+        let look = async |exec: &str, path: &str| {
+            let mut look = process(&["cat", path]);
+            grant(&mut look, &["CAP_SYS_PTRACE"]);
+            let (text, code) = agent.output("eye", exec, look).await?;
+            ensure!(code == 0, "{path}: {text}");
+            Ok(text)
+        };
+        let mounts = look("mounts", "/guest/proc/1/mountinfo").await?;
+        ensure!(mounts.contains(" /run ") && !mounts.contains("resolv.conf"), "{mounts}");
+        for (exec, place) in [("etc", "/etc"), ("run", "/run/kata-containers/sandbox")] {
+            let text = look(exec, &format!("/guest/proc/1/root{place}/resolv.conf")).await?;
+            ensure!(text == "nameserver 10.0.0.2\nsearch pod\n", "{place}: {text}");
+        }
         Ok(())
     })
 }

@@ -215,6 +215,17 @@ fn streams_flow_over_connections_of_the_host(scratch: &Scratch) -> anyhow::Resul
         ensure!(out.contains("<hello>\r\n"), "{out:?}");
         ensure!(agent.wait("c1", "e3").await? == 0, "the exit code");
 
+        // Without input nothing is typed into a terminal.
+        let (mut stdout, stdout_port) = agent.dial_from(ports::STREAMS).await?;
+        let line = "read -t 2 line; echo \"<$?>\"";
+        agent
+            .client
+            .exec_process(context(), &request("e7", &["sh", "-c", line], true, [0, stdout_port, 0]))
+            .await?;
+        let mut out = String::new();
+        within("output", stdout.read_to_string(&mut out)).await??;
+        ensure!(out.contains("<142>"), "it did not wait for input: {out:?}");
+
         // A port that nobody connected from is named, and nothing was started.
         let refused =
             agent.client.exec_process(context(), &request("e4", &["true"], false, [0, 77, 0])).await;
@@ -236,6 +247,19 @@ fn streams_flow_over_connections_of_the_host(scratch: &Scratch) -> anyhow::Resul
         within("output", stdout.read_exact(&mut first)).await??;
         ensure!(&first == b"first\n", "{first:?}");
         within("the removal", agent.remove("c2")).await??;
+
+        // And one with an exec that has ended, whose output nobody reads: who waits for that is answered.
+        let (_stdout, stdout_port) = agent.dial_from(ports::STREAMS).await?;
+        let exec = request("e5", &["sh", "-c", "yes & sleep 2; exit 5"], false, [0, stdout_port, 0]);
+        agent.client.exec_process(context(), &exec).await?;
+        let wait = agent.wait("c1", "e5");
+        let removal = async {
+            agent.line("c1", "e6", "while ps | grep -v grep | grep -q 'sleep 2$'; do sleep 1; done").await?;
+            agent.remove("c1").await
+        };
+        let (code, removed) = within("the end of the exec", async { tokio::join!(wait, removal) }).await?;
+        removed?;
+        ensure!(code? == 5, "the exit code");
         Ok(())
     })
 }

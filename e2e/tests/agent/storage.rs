@@ -19,6 +19,7 @@ use bulkhead_protocol::{
 
 pub(super) const CASES: &[Case] = cases![
     disks_are_mounted_cold_and_hot,
+    a_disk_is_bound_into_a_container_as_it_is,
     persistent_memory_is_mounted_with_dax,
     a_storage_of_two_containers_goes_with_the_last,
     layers_of_erofs_are_one_root,
@@ -158,6 +159,42 @@ fn disks_are_mounted_cold_and_hot(scratch: &Scratch) -> anyhow::Result<()> {
     })
 }
 
+fn a_disk_is_bound_into_a_container_as_it_is(scratch: &Scratch) -> anyhow::Result<()> {
+    let file = ext4(scratch, "raw")?;
+    let hardware = Hardware { disks: vec![Disk::new(&file)], ..Hardware::default() };
+    in_vm(scratch, hardware, async |agent| {
+        agent.pod().await?;
+        watch(agent).await?;
+        let at = &agent.addresses()?.disks[0];
+        // The type and the options of the container's own mount, as hosts send them.
+        for (round, (options, can_write)) in
+            [(&["bind"][..], true), (&["rbind", "rprivate", "rw"], true), (&["rbind", "ro"], false)]
+                .into_iter()
+                .enumerate()
+        {
+            let point = format!("{VOLUMES}/raw");
+            let disk = storage("blk", at, "bind", &point, options);
+            let mut spec = agent.spec(&["sleep", "1000"]);
+            spec.Mounts.push(mount("/dev/xda", "bind", &point, &["rbind"]));
+            run_spec(agent, "c1", vec![disk], spec).await?;
+            let look = "[ -b /dev/xda ] && dd if=/dev/xda bs=2 skip=540 count=1 | od -An -tx1 && grep /dev/xda /proc/self/mountinfo";
+            let seen = agent.line("c1", "look", look).await?;
+            ensure!(seen.contains("53 ef"), "{options:?}: {seen}");
+            ensure!(seen.contains("/dev/xda rw,") == can_write, "{options:?}: {seen}");
+            let write = "dd if=/dev/zero of=/dev/xda bs=512 count=1 conv=notrunc";
+            let (output, code) = agent.shell("c1", "write", write).await?;
+            ensure!((code == 0) == can_write, "{options:?}: {output}");
+            agent.remove("c1").await?;
+            let left = mounts(agent, &format!("m{round}"), VOLUMES).await?;
+            ensure!(left.is_empty(), "{left:?}");
+        }
+        // As a volume it is still what it was.
+        run(agent, "c1", vec![storage("blk", at, "ext4", &format!("{VOLUMES}/raw"), &[])]).await?;
+        ensure!(agent.line("c1", "read", "cat /mnt/raw/raw").await? == "raw");
+        Ok(())
+    })
+}
+
 fn persistent_memory_is_mounted_with_dax(scratch: &Scratch) -> anyhow::Result<()> {
     let hardware = Hardware {
         pmem: vec![Pmem::Nvdimm(ext4(scratch, "nvdimm")?), Pmem::Virtio(ext4(scratch, "virtio")?)],
@@ -208,8 +245,15 @@ fn a_storage_of_two_containers_goes_with_the_last(scratch: &Scratch) -> anyhow::
         agent.line("c3", "write", "cat /mnt/overlay/volume && echo x > /mnt/overlay/new").await?;
         ensure!(mounts(agent, "m1", &point).await?.len() == 1, "mounted once");
 
-        let text = failed(run(agent, "c4", vec![disk(&["ro"])]).await, Kind::FailedPrecondition)?;
+        let text = failed(
+            run(agent, "c4", vec![Storage { fstype: "xfs".into(), ..disk(&["rw"]) }]).await,
+            Kind::FailedPrecondition,
+        )?;
         ensure!(text.contains(&point), "{text}");
+        // Options are those of the first, as long as there is a user.
+        run(agent, "c4", vec![disk(&["ro"])]).await?;
+        agent.line("c4", "write", "echo x > /mnt/volume/more").await?;
+        agent.remove("c4").await?;
 
         agent.remove("c1").await?;
         agent.remove("c3").await?;
@@ -225,6 +269,8 @@ fn a_storage_of_two_containers_goes_with_the_last(scratch: &Scratch) -> anyhow::
         ensure!(left.is_empty(), "{left:?}");
         // Read-only now: it was really let go of.
         run(agent, "c4", vec![disk(&["ro"])]).await?;
+        let (output, code) = agent.shell("c4", "refused", "echo x > /mnt/volume/new").await?;
+        ensure!(code != 0 && output.contains("Read-only"), "{output}");
         Ok(())
     })
 }

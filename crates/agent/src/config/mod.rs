@@ -12,6 +12,8 @@
 mod arguments;
 mod environment;
 mod file;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzz;
 mod kernel_line;
 mod settings;
 mod value;
@@ -27,7 +29,7 @@ use settings::SETTINGS;
 use value::Value;
 
 use crate::{
-    boot::Initramfs,
+    boot::Image,
     error::{During, Error, Result},
 };
 
@@ -87,7 +89,7 @@ impl Default for Config {
 
 impl Config {
     /// The configuration of a guest's init. A file that it names is looked for in the guest's image.
-    pub(crate) fn of_init(image: &Initramfs) -> Result<(Config, Report)> {
+    pub(crate) fn of_init(image: &Image) -> Result<(Config, Report)> {
         const LINE: &str = "/proc/cmdline";
         let line = std::fs::read(LINE).during(|| format!("read {LINE}"))?;
         Ok(Config::from_kernel(&line, |path| image.read(path, file::LIMIT), |name| std::env::var_os(name)))

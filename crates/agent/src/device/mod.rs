@@ -8,6 +8,8 @@
 
 mod block;
 mod env;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzz;
 mod net;
 mod pci;
 mod request;
@@ -29,6 +31,7 @@ use tokio::time::timeout;
 
 pub(crate) use pci::PciPath;
 pub(crate) use request::types;
+pub(crate) use spec::allow_disk;
 pub(crate) use sysfs::{Look, Node, Places};
 
 use crate::{

@@ -1,5 +1,7 @@
 //! What a request asks of the guest's devices: checked before anything is waited for.
 
+use std::collections::HashSet;
+
 use bulkhead_protocol::agent::Device;
 
 use super::{
@@ -13,6 +15,9 @@ const TYPES: [&str; 6] = ["blk", "mmioblk", "nvdimm", "scsi", "vfio-pci", "vfio-
 
 /// Types of s390x guests.
 const OF_S390X: [&str; 3] = ["blk-ccw", "vfio-ap", "vfio-ap-cold"];
+
+/// No machine has more for one container.
+const MOST: usize = 512;
 
 /// A device that a container is to have.
 #[derive(Debug, PartialEq)]
@@ -45,14 +50,15 @@ pub(crate) fn types() -> Vec<String> {
 
 /// Checks what is asked for.
 pub(super) fn plan(devices: &[Device]) -> Result<Vec<Wanted>> {
-    let mut all: Vec<Wanted> = Vec::new();
-    for device in devices {
-        let wanted = one(device)?;
-        let path = &wanted.container_path;
-        if !path.is_empty() && all.iter().any(|other| other.container_path == *path) {
+    if devices.len() > MOST {
+        return Err(Error::Invalid(format!("{} devices; a container can have {MOST}", devices.len())));
+    }
+    let all = devices.iter().map(one).collect::<Result<Vec<_>>>()?;
+    let mut paths = HashSet::new();
+    for path in all.iter().map(|wanted| &wanted.container_path).filter(|path| !path.is_empty()) {
+        if !paths.insert(path) {
             return Err(Error::Invalid(format!("two devices have the container path {path:?}")));
         }
-        all.push(wanted);
     }
     Ok(all)
 }
@@ -149,6 +155,13 @@ mod tests {
         }
         let twice = [device("blk", "02", "", "/dev/a"), device("scsi", "0:1", "", "/dev/a")];
         assert!(plan(&twice).unwrap_err().to_string().contains("/dev/a"));
+    }
+
+    #[test]
+    fn there_can_be_many_but_not_any_number() {
+        let devices: Vec<_> = (0..=MOST).map(|n| device("blk", "02", "", &format!("/dev/disk{n}"))).collect();
+        assert_eq!(plan(&devices[1..]).unwrap().len(), MOST);
+        assert!(matches!(plan(&devices), Err(Error::Invalid(_))));
     }
 
     #[test]

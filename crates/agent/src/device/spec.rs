@@ -62,26 +62,26 @@ pub(super) fn rewrite(spec: &mut Spec, plugged: &Plugged) -> Result<()> {
         return Ok(());
     }
     let linux = spec.Linux.mut_or_insert_default();
-    let mut renumbered = HashMap::new();
-    for replacement in &plugged.replacements {
-        let mut found = false;
-        for device in linux.Devices.iter_mut().filter(|device| device.Path == replacement.container_path) {
-            found = true;
-            renumbered.insert(number(device), replacement);
-        }
-        if !found {
-            let path = &replacement.container_path;
-            return Err(Error::Invalid(format!(
-                "the spec lists no device {path:?}, which was plugged for it"
-            )));
-        }
+    // All are found before any is changed: what the guest has at one path may be what the host had at another.
+    let mut at: HashMap<&str, Vec<usize>> = HashMap::new();
+    for (index, device) in linux.Devices.iter().enumerate() {
+        at.entry(&device.Path).or_default().push(index);
     }
+    let mut found = Vec::new();
     for replacement in &plugged.replacements {
-        for device in linux.Devices.iter_mut().filter(|device| device.Path == replacement.container_path) {
-            device.Type = replacement.kind.to_string();
-            (device.Major, device.Minor) = (replacement.node.major.into(), replacement.node.minor.into());
-            device.Path.clone_from(&replacement.path);
-        }
+        let path = &replacement.container_path;
+        let indices = at.get(path.as_str()).ok_or_else(|| {
+            Error::Invalid(format!("the spec lists no device {path:?}, which was plugged for it"))
+        })?;
+        found.extend(indices.iter().map(|index| (*index, replacement)));
+    }
+    let mut renumbered = HashMap::new();
+    for (index, replacement) in found {
+        let Some(device) = linux.Devices.get_mut(index) else { continue };
+        renumbered.insert(number(device), replacement);
+        device.Type = replacement.kind.to_string();
+        (device.Major, device.Minor) = (replacement.node.major.into(), replacement.node.minor.into());
+        device.Path.clone_from(&replacement.path);
     }
     for companion in &plugged.extra {
         let device = device(companion);
@@ -102,6 +102,18 @@ pub(super) fn rewrite(spec: &mut Spec, plugged: &Plugged) -> Result<()> {
         rules.extend(plugged.extra.iter().map(|companion| allow(number(&device(companion)))));
     }
     Ok(())
+}
+
+/// Lets a container use a disk besides its devices.
+pub(crate) fn allow_disk(spec: &mut Spec, major: u32, minor: u32, access: &str) {
+    let linux = spec.Linux.mut_or_insert_default();
+    let rules = &mut linux.Resources.mut_or_insert_default().Devices;
+    if rules.is_empty() {
+        // As above: the nodes that it lists stay its own.
+        rules.extend(linux.Devices.iter().map(|device| allow(number(device))));
+    }
+    let disk = allow(("b".into(), major.into(), minor.into()));
+    rules.push(LinuxDeviceCgroup { Access: access.into(), ..disk });
 }
 
 /// A rule about exactly the host's device becomes one about the guest's; one with a wildcard stays.
@@ -200,6 +212,16 @@ mod tests {
     }
 
     #[test]
+    fn a_disk_is_allowed_besides_what_is_allowed_already() {
+        let mut listed = spec(&[("/dev/fuse", "c", 10, 229)], &[]);
+        allow_disk(&mut listed, 254, 0, "rm");
+        assert_eq!(rules(&listed), [(true, "c", 10, 229, "rwm"), (true, "b", 254, 0, "rm")]);
+        let mut ruled = spec(&[("/dev/fuse", "c", 10, 229)], &[(false, "a", 0, 0)]);
+        allow_disk(&mut ruled, 254, 16, "rwm");
+        assert_eq!(rules(&ruled), [(false, "a", 0, 0, "rw"), (true, "b", 254, 16, "rwm")]);
+    }
+
+    #[test]
     fn devices_and_rules_get_the_guests_numbers() {
         let mut spec = spec(
             &[("/dev/a", "b", 8, 0), ("/dev/b", "b", 8, 16), ("/dev/c", "c", 1, 3)],
@@ -253,6 +275,27 @@ mod tests {
         assert_eq!(devices(&spec), [("/dev/vfio/0", "c", 244, 0), infiniband]);
         let expected = [(true, "c", 244, 0, "rw"), (true, "c", 244, 0, "rwm"), (true, "c", 231, 192, "rwm")];
         assert_eq!(rules(&spec), expected);
+    }
+
+    #[test]
+    fn devices_whose_numbers_cross_are_not_mixed_up() {
+        let chain = [
+            ("/dev/vfio/1", 'c', "/dev/vfio/2", 244, 2),
+            ("/dev/vfio/2", 'c', "/dev/vfio/3", 244, 3),
+            ("/dev/vfio/3", 'c', "/dev/vfio/1", 244, 1),
+        ];
+        let listed =
+            [("/dev/vfio/1", "c", 244, 1), ("/dev/vfio/2", "c", 244, 2), ("/dev/vfio/3", "c", 244, 3)];
+        let allowed = listed.map(|(_, kind, major, minor)| (true, kind, major, minor));
+        for order in [[0, 1, 2], [0, 2, 1], [1, 0, 2], [1, 2, 0], [2, 0, 1], [2, 1, 0]] {
+            let mut spec = spec(&listed, &allowed);
+            rewrite(&mut spec, &plugged(&order.map(|n| chain[n]))).unwrap();
+            let expected =
+                [("/dev/vfio/2", "c", 244, 2), ("/dev/vfio/3", "c", 244, 3), ("/dev/vfio/1", "c", 244, 1)];
+            assert_eq!(devices(&spec), expected);
+            let minors: Vec<_> = rules(&spec).iter().take(3).map(|rule| rule.3).collect();
+            assert_eq!(minors, [2, 3, 1]);
+        }
     }
 
     #[test]

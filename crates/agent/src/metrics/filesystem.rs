@@ -72,6 +72,12 @@ fn unescape(text: &str) -> String {
     String::from_utf8_lossy(&bytes).into_owned()
 }
 
+#[cfg(any(test, fuzzing))]
+/// A list of mounts of anybody.
+pub(super) fn fuzz(text: &str) {
+    let _ = writable(text);
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -204,6 +204,24 @@ fn escape(text: &mut String, label: &str) {
     }
 }
 
+#[cfg(any(test, fuzzing))]
+/// Files of anybody: a line of the text is a name and its labels, and a figure.
+pub(crate) fn fuzz(text: &str) {
+    let mut told = Text(String::new());
+    let mut tell = |samples| told.gauge("x", "X.", samples);
+    let stat = procfs::Stat::parse(text);
+    tell(stat.map(|stat| stat.items()).unwrap_or_default());
+    let families = [procfs::status, procfs::io, procfs::load, procfs::tasks, procfs::cpu, procfs::vmstat];
+    families.into_iter().for_each(|family| tell(family(text)));
+    [procfs::netdev, procfs::diskstats, procfs::meminfo].into_iter().for_each(|family| tell(family(text)));
+    tell(procfs::boot_time(text).map(Sample::alone).unwrap_or_default());
+    filesystem::fuzz(text);
+    for line in told.0.lines().filter(|line| !line.starts_with('#')) {
+        let figure = line.rsplit(' ').next().and_then(|figure| figure.parse::<f64>().ok());
+        assert!(line.starts_with('x') && figure.is_some_and(f64::is_finite), "{line:?}");
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use std::sync::OnceLock;

@@ -76,7 +76,7 @@ fn message(link: u32, prefix: Prefix) -> AddressMessage {
 }
 
 impl Address {
-    fn of(message: AddressMessage) -> Option<Address> {
+    pub(super) fn of(message: AddressMessage) -> Option<Address> {
         let (mut local, mut address) = (None, None);
         for attribute in &message.attributes {
             match attribute {

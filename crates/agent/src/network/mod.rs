@@ -11,6 +11,8 @@
 //! programs of the packet filter for theirs.
 
 mod address;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzz;
 mod interface;
 mod iptables;
 mod kept;

@@ -16,7 +16,7 @@ use super::{
 use crate::error::{During, Error, Result};
 
 /// What a host tells, understood.
-struct Neighbour<'a> {
+pub(super) struct Neighbour<'a> {
     device: &'a str,
     address: std::net::IpAddr,
     mac: Option<Mac>,
@@ -40,7 +40,7 @@ pub(super) fn add(netlink: &mut Netlink, neighbours: &[ARPNeighbor]) -> Result<(
 }
 
 impl<'a> Neighbour<'a> {
-    fn of(neighbour: &'a ARPNeighbor) -> Result<Neighbour<'a>> {
+    pub(super) fn of(neighbour: &'a ARPNeighbor) -> Result<Neighbour<'a>> {
         let what = format!("a neighbour on {:?}", neighbour.device);
         let invalid = |why: String| Error::Invalid(format!("{what}: {why}"));
         let state = match u16::try_from(neighbour.state) {
@@ -59,7 +59,7 @@ impl<'a> Neighbour<'a> {
         })
     }
 
-    fn message(&self, link: u32) -> NeighbourMessage {
+    pub(super) fn message(&self, link: u32) -> NeighbourMessage {
         let mut message = NeighbourMessage::default();
         message.header = NeighbourHeader {
             family: if self.address.is_ipv6() { AddressFamily::Inet6 } else { AddressFamily::Inet },

@@ -175,7 +175,7 @@ impl<'a> Iterator for Messages<'a> {
 
 /// A list that is being read.
 #[derive(Default)]
-struct Dump {
+pub(super) struct Dump {
     sequence: u32,
     bodies: Vec<Vec<u8>>,
     done: bool,
@@ -208,6 +208,16 @@ impl Dump {
             }
         }
         Ok(())
+    }
+}
+
+#[cfg(any(test, fuzzing))]
+impl Dump {
+    /// The lists' parts in a datagram of anybody.
+    pub(super) fn of_datagram(datagram: &[u8]) -> io::Result<Vec<Vec<u8>>> {
+        let mut dump = Dump::default();
+        dump.take(datagram)?;
+        Ok(dump.bodies)
     }
 }
 

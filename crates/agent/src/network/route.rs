@@ -139,7 +139,7 @@ impl Route {
     }
 
     /// As the kernel has it; nothing when it is not a unicast route of the main table.
-    fn of(message: &RouteMessage) -> Option<Route> {
+    pub(super) fn of(message: &RouteMessage) -> Option<Route> {
         let header = &message.header;
         let v6 = match header.address_family {
             AddressFamily::Inet => false,

@@ -67,14 +67,24 @@ impl Policy {
     /// The policy of a file; of the image's own one, if there is one, when the name is empty. A guest whose policy cannot be
     /// read must not take requests.
     pub(crate) fn load(file: &Path) -> Result<Policy> {
-        let is_default = file.as_os_str().is_empty();
-        let path = if is_default { Path::new(DEFAULT_FILE) } else { file };
-        let text = match fs::metadata(path).and_then(|metadata| read(path, &metadata)) {
-            Err(error) if is_default && error.kind() == io::ErrorKind::NotFound => {
-                return Ok(Policy::default());
-            }
-            text => text.during(|| format!("read the policy {}", path.display()))?,
-        };
+        if file.as_os_str().is_empty() {
+            Policy::of_image(Path::new(DEFAULT_FILE))
+        } else {
+            Policy::of_file(file)
+        }
+    }
+
+    /// A link that leads nowhere is a policy that cannot be read.
+    fn of_image(path: &Path) -> Result<Policy> {
+        match fs::symlink_metadata(path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Policy::default()),
+            _ => Policy::of_file(path),
+        }
+    }
+
+    fn of_file(path: &Path) -> Result<Policy> {
+        let text = fs::metadata(path).and_then(|metadata| read(path, &metadata));
+        let text = text.during(|| format!("read the policy {}", path.display()))?;
         let policy = Policy::default();
         policy.put(&text)?;
         Ok(policy)
@@ -275,4 +285,14 @@ pub(crate) fn fuzz_input(bytes: &[u8]) {
         return;
     };
     let _ = input::of_bytes(request.name(), bytes);
+}
+
+/// A request that is understood is held against a policy that looks at it.
+#[cfg(any(test, fuzzing))]
+pub(crate) fn fuzz_request(name: &str, bytes: &[u8]) {
+    let Ok(rules) = Rules::new(&format!("package agent_policy\n{name} if {{ some x in input; x == 1 }}"))
+    else {
+        return;
+    };
+    let _ = rules.check(name, || input::of_bytes(name, bytes));
 }

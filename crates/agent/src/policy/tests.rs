@@ -314,6 +314,21 @@ fn a_file_that_is_named_has_to_be_a_policy() {
 }
 
 #[test]
+fn an_image_without_a_policy_allows_everything_and_one_whose_policy_cannot_be_read_is_no_guest() {
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("policy/default.rego");
+    assert!(Policy::of_image(&file).unwrap().check("ExecProcessRequest", &[]).is_ok());
+    fs::create_dir(directory.path().join("policy")).unwrap();
+    assert!(Policy::of_image(&file).unwrap().check("ExecProcessRequest", &[]).is_ok());
+    assert!(matches!(Policy::of_image(&directory.path().join("policy")), Err(Error::Io { .. })));
+    std::os::unix::fs::symlink("nowhere", &file).unwrap();
+    assert!(matches!(Policy::of_image(&file), Err(Error::Io { .. })), "a link that leads nowhere");
+    fs::write(directory.path().join("policy/nowhere"), "package agent_policy\n").unwrap();
+    assert!(Policy::of_image(&file).unwrap().check("ExecProcessRequest", &[]).is_err());
+    assert!(matches!(Policy::of_image(&file.join("x")), Err(Error::Io { .. })), "a file is no directory");
+}
+
+#[test]
 fn endless_evaluations_end_in_a_denial() {
     let mut request = container();
     request.OCI.mut_or_insert_default().Process.mut_or_insert_default().Args = vec!["x".repeat(1000); 300];
@@ -369,6 +384,13 @@ fn large_texts_are_refused() {
             .contains("line 2, column 1: the line is longer")
     );
     assert!(fault("\0".repeat(4 << 20)).contains("longer than"));
+    let variables = "a,\n".repeat(100_000);
+    assert!(
+        fault(format!("package agent_policy\nx if {{ some {variables} }}"))
+            .contains("more than 64 variables")
+    );
+    let path = ".a".repeat(10_000);
+    assert!(fault(format!("package agent_policy\nimport a{path}")).contains("longer than 64 bytes"));
     let elements = "\"x\",".repeat(10_000) + "\n";
     assert!(
         fault(format!("package agent_policy\nx := [{}]", elements.repeat(26)))

@@ -11,7 +11,6 @@ use super::Service;
 use crate::{
     diagnostics,
     error::{During, Error, Result},
-    sync::blocking,
 };
 
 /// The only kind of diagnostic data.
@@ -20,7 +19,7 @@ const TERMINATION_LOG: &str = "termination_log";
 /// Makes a file, a directory or a link below the share, or writes a piece of a file.
 pub(super) async fn copy(service: &Service, request: CopyFileRequest) -> Result<Empty> {
     let copies = Arc::clone(&service.copies);
-    blocking(move || copies.copy(request)).await?;
+    service.lanes.files.bounded("copy a file", move || copies.copy(request)).await?;
     Ok(Empty::new())
 }
 
@@ -42,9 +41,7 @@ pub(super) async fn diagnostic_data(
             request.container_id
         ))
     })?;
-    let data = blocking(move || {
-        diagnostics::read(&source).during(|| format!("read the termination log {source:?}"))
-    })
-    .await?;
+    let read = move || diagnostics::read(&source).during(|| format!("read the termination log {source:?}"));
+    let data = service.lanes.files.bounded("read a termination log", read).await?;
     Ok(GetDiagnosticDataResponse { data, ..Default::default() })
 }

@@ -22,6 +22,9 @@ use crate::{
 /// How long a request that says that it waits does so: no longer than hosts wait for an answer.
 const PATIENCE: Duration = Duration::from_secs(60);
 
+/// How long any other waits at least, as hosts expect it.
+const USUAL: Duration = Duration::from_secs(5);
+
 /// Brings processors online until there are as many as wanted (0: whatever there is), then all memory, unless it is about
 /// processors only. Processors that were just plugged may still be on their way: there is a wait for them in any case, a
 /// longer one if the request says so.
@@ -32,7 +35,7 @@ pub(super) async fn online(service: &Service, request: OnlineCPUMemRequest) -> R
     to_the_end(async move {
         let OnlineCPUMemRequest { nb_cpus, wait, cpu_only, .. } = request;
         if nb_cpus > 0 {
-            let patience = if wait { usual.max(PATIENCE) } else { usual };
+            let patience = patience(wait, usual);
             let what = format!("{nb_cpus} processors were not online");
             let look = move |places: &_| hotplug::processors(places, nb_cpus);
             devices.appears(&what, &["cpu"], patience, look).await?;
@@ -45,6 +48,10 @@ pub(super) async fn online(service: &Service, request: OnlineCPUMemRequest) -> R
     })
     .await?;
     Ok(Empty::new())
+}
+
+fn patience(wait: bool, hotplug: Duration) -> Duration {
+    hotplug.max(if wait { PATIENCE } else { USUAL })
 }
 
 /// Tells the kernel where memory was plugged.
@@ -97,4 +104,17 @@ fn no_reclaimer(request: &str) -> Error {
     Error::Unsupported(format!(
         "{request}: it has no reclaimer of its own that could be set; memory that the guest's kernel has free goes back to the host by free page reporting"
     ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn processors_are_waited_for_as_hosts_expect_and_no_less_than_devices() {
+        let seconds = Duration::from_secs;
+        for (wait, hotplug, expected) in [(false, 3, 5), (false, 10, 10), (true, 3, 60), (true, 120, 120)] {
+            assert_eq!(patience(wait, seconds(hotplug)), seconds(expected));
+        }
+    }
 }

@@ -27,8 +27,8 @@ use ttrpc::r#async::TtrpcContext;
 pub(crate) use process::user_names;
 
 use crate::{
-    copy::Copies, metrics::Metrics, network::Network, policy::Policy, sandbox::Sandbox, trace::Tracer,
-    volume::Sweep,
+    copy::Copies, metrics::Metrics, network::Network, policy::Policy, sandbox::Sandbox, sync::Lane,
+    trace::Tracer, volume::Sweep,
 };
 
 /// What every RPC works on.
@@ -40,7 +40,24 @@ pub(crate) struct Service {
     network: Arc<Network>,
     policy: Arc<Policy>,
     tracer: Tracer,
+    lanes: Lanes,
 }
+
+/// What can hang with a volume of the host hangs in its own family only.
+struct Lanes {
+    files: Lane,
+    volumes: Lane,
+    metrics: Lane,
+}
+
+impl Default for Lanes {
+    fn default() -> Lanes {
+        Lanes { files: Lane::new(WIDTH), volumes: Lane::new(WIDTH), metrics: Lane::new(WIDTH) }
+    }
+}
+
+/// So many requests of a family may hang at a time.
+const WIDTH: usize = 16;
 
 /// Everything the agent's server offers.
 pub(crate) fn services(
@@ -57,6 +74,7 @@ pub(crate) fn services(
         network: Arc::default(),
         policy,
         tracer,
+        lanes: Lanes::default(),
     }));
     services.extend(create_health(Arc::new(health::Health)));
     services

@@ -57,7 +57,8 @@ fn memory_block_size() -> Result<u64> {
 /// The agent's figures.
 pub(super) async fn metrics(service: &Service, _: GetMetricsRequest) -> Result<Metrics> {
     let metrics = service.metrics.clone();
-    let metrics = blocking(move || Ok(metrics.text())).await?;
+    let metrics =
+        service.lanes.metrics.bounded("look at the guest's figures", move || Ok(metrics.text())).await?;
     Ok(Metrics { metrics, ..Default::default() })
 }
 
@@ -71,11 +72,15 @@ pub(super) async fn reseed(service: &Service, request: ReseedRandomDevRequest) -
         let what = || "reseed /dev/random".to_owned();
         let mut random = fs::OpenOptions::new().write(true).open("/dev/random").during(what)?;
         random.write_all(&request.data).during(what)?;
-        let bits = i32::try_from(request.data.len() * 8).unwrap_or(i32::MAX);
-        sys::credit_entropy(random.as_fd(), bits).during(what)
+        sys::credit_entropy(random.as_fd(), bits(request.data.len())).during(what)
     })
     .await?;
     Ok(Empty::new())
+}
+
+/// The kernel counts randomness in bits, not in bytes.
+fn bits(bytes: usize) -> i32 {
+    i32::try_from(bytes.saturating_mul(8)).unwrap_or(i32::MAX)
 }
 
 /// Sets the guest's clock.
@@ -102,4 +107,14 @@ pub(super) fn own_machine(service: &Service, what: &str) -> Result<()> {
         return Ok(());
     }
     Err(Error::State(format!("the {what} is not the agent's to change: it is not the init of a guest")))
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn entropy_is_credited_in_bits() {
+        for (bytes, bits) in [(0, 0), (1, 8), (512, 4096), (1 << 28, i32::MAX), (usize::MAX, i32::MAX)] {
+            assert_eq!(super::bits(bytes), bits);
+        }
+    }
 }

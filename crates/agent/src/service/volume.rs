@@ -12,15 +12,12 @@ use bulkhead_protocol::{
 };
 
 use super::{Service, system::own_machine};
-use crate::{
-    error::Result,
-    sync::{blocking, to_the_end},
-    volume,
-};
+use crate::{error::Result, sync::to_the_end, volume};
 
 /// How full a volume is.
-pub(super) async fn stats(_: &Service, request: VolumeStatsRequest) -> Result<VolumeStatsResponse> {
-    blocking(move || volume::stats(&request.volume_guest_path)).await
+pub(super) async fn stats(service: &Service, request: VolumeStatsRequest) -> Result<VolumeStatsResponse> {
+    let look = move || volume::stats(&request.volume_guest_path);
+    service.lanes.volumes.bounded("look at a volume", look).await
 }
 
 /// Looks at every mount of the share; whether they answer is the host's to know.
@@ -37,7 +34,8 @@ pub(super) async fn resize(service: &Service, request: ResizeVolumeRequest) -> R
     if !volume::is_the_agents(&request.volume_guest_path) {
         own_machine(service, "file systems")?;
     }
-    blocking(move || volume::resize(&request.volume_guest_path, request.size)).await?;
+    let resize = move || volume::resize(&request.volume_guest_path, request.size);
+    service.lanes.volumes.bounded("resize a volume", resize).await?;
     Ok(Empty::new())
 }
 

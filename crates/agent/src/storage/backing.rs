@@ -20,20 +20,20 @@ pub(super) async fn find(
     devices: &Devices,
     storage: &Storage,
 ) -> Result<Option<PathBuf>> {
-    let (source, kind) = (&storage.source, storage.driver.clone());
+    let (source, kind) = (&storage.source, [storage.driver.clone()]);
     let guest = Arc::clone(guest);
-    blocking(move || guest.load_drivers(&kind)).await?;
+    let missing = blocking(move || guest.load_drivers(&kind)).await?;
     let node = match storage.driver.as_str() {
-        "blk" if !source.starts_with("/dev/") => devices.block_by_pci(source).await?,
-        "blk" | "mmioblk" | "nvdimm" => devices.block_by_node(node(source)?).await?,
-        "scsi" => devices.block_by_scsi(source).await?,
+        "blk" if !source.starts_with("/dev/") => devices.block_by_pci(source).await,
+        "blk" | "mmioblk" | "nvdimm" => devices.block_by_node(node(source)?).await,
+        "scsi" => devices.block_by_scsi(source).await,
         _ => return Ok(None),
     };
-    Ok(Some(node.path))
+    node.map(|node| Some(node.path)).map_err(|error| missing.explain(error))
 }
 
 /// A file of `/dev`, and nothing that leads elsewhere.
-fn node(source: &str) -> Result<&str> {
+pub(super) fn node(source: &str) -> Result<&str> {
     let name = source.strip_prefix("/dev/").filter(|name| {
         !name.is_empty() && Path::new(name).components().all(|part| matches!(part, Component::Normal(_)))
     });

@@ -2,17 +2,21 @@
 //!
 //! The driver option `create_filesystem` has it made first, each time the disk is mounted: the host asks for that on disks
 //! whose content it does not want. One that carries a file system is formatted as well, and that is logged.
+//!
+//! With the fstype or an option `bind` it is the disk itself that a container wants: its node is bound to a file.
 
 use std::{fs::File, os::unix::fs::FileExt, path::Path, process::Command, time::Duration};
 
-use bulkhead_protocol::agent::Storage;
+use bulkhead_protocol::{agent::Storage, oci::Spec};
+use rustix::{fs::FileType, mount::MountFlags};
 
 use super::{
     Job, Mounted,
-    mount::{Options, Target, mount as mount_on},
+    mount::{Options, Target, bind, mount as mount_on, source},
 };
 use crate::{
     boot::Guest,
+    device::allow_disk,
     error::{During, Error, Result},
     program,
 };
@@ -22,7 +26,7 @@ const ENCRYPTION_KEY: &str = "encryption_key";
 /// Large disks take their time.
 const MKFS_LIMIT: Duration = Duration::from_secs(300);
 
-/// Mounts the file system of the job's disk.
+/// Mounts the file system of the job's disk, or binds the disk.
 pub(super) fn mount(job: &Job, mounted: &mut Mounted) -> Result<()> {
     let storage = &job.storage;
     let node = job.node.as_deref();
@@ -36,14 +40,59 @@ pub(super) fn mount(job: &Job, mounted: &mut Mounted) -> Result<()> {
             storage.driver
         )));
     }
-    let target = Target::directory(&storage.mount_point, mounted)?;
+    let bound = is_bound(storage);
+    let target = if bound { Target::file } else { Target::directory };
+    let target = target(&storage.mount_point, mounted)?;
     if target.is_mount_point()? {
         return Err(Error::State(format!(
             "something else is mounted on {} already",
             target.path().display()
         )));
     }
-    mount_disk(&job.guest, storage, node, &target, &options, mounted)
+    if bound {
+        bind_disk(storage, node, &target, &options, mounted)
+    } else {
+        mount_disk(&job.guest, storage, node, &target, &options, mounted)
+    }
+}
+
+/// Whether a storage is to be bound, and may be a disk for which a container needs leave.
+pub(crate) fn is_bound(storage: &Storage) -> bool {
+    let mut options = storage.options.iter().flat_map(|list| list.split(','));
+    storage.fstype == "bind" || options.any(|option| matches!(option.trim(), "bind" | "rbind"))
+}
+
+/// Lets a container use the disks among its bound storages. A mount that is read-only does not keep anybody from writing to
+/// a device, so that is said here. Blocks.
+pub(crate) fn allow_bound(storages: &[Storage], spec: &mut Spec) -> Result<()> {
+    for storage in storages {
+        let status =
+            rustix::fs::lstat(&storage.mount_point).during(|| format!("look at {}", storage.mount_point))?;
+        if FileType::from_raw_mode(status.st_mode).is_block_device() {
+            let read_only = Options::parse(&storage.options)?.flags.contains(MountFlags::RDONLY);
+            let (major, minor) = (rustix::fs::major(status.st_rdev), rustix::fs::minor(status.st_rdev));
+            allow_disk(spec, major, minor, if read_only { "rm" } else { "rwm" });
+        }
+    }
+    Ok(())
+}
+
+/// Binds the node of a disk.
+fn bind_disk(
+    storage: &Storage,
+    node: &Path,
+    target: &Target,
+    options: &Options,
+    mounted: &mut Mounted,
+) -> Result<()> {
+    if wants_filesystem(storage)? {
+        return Err(Error::Invalid(format!(
+            "{CREATE_FILESYSTEM} on {:?}, which is to be bound as it is",
+            storage.source
+        )));
+    }
+    let (node, _) = source(&node.to_string_lossy())?;
+    bind(&node, target, options, mounted)
 }
 
 /// Mounts a disk, on which a file system is made first if the storage says so.
@@ -68,7 +117,7 @@ pub(super) fn mount_disk(
 }
 
 /// Whether the driver options ask for a new file system.
-fn wants_filesystem(storage: &Storage) -> Result<bool> {
+pub(super) fn wants_filesystem(storage: &Storage) -> Result<bool> {
     let mut wanted = false;
     for option in &storage.driver_options {
         let (key, value) = option.split_once('=').unwrap_or((option, "true"));
@@ -81,16 +130,16 @@ fn wants_filesystem(storage: &Storage) -> Result<bool> {
                 )));
             }
             (CREATE_FILESYSTEM, "false") => {}
-            // Without its encryption the volume must not be mounted at all.
-            (ENCRYPTION_KEY, key) => {
+            // Without its encryption the volume must not be mounted at all. The value is nobody's to read.
+            (ENCRYPTION_KEY, _) => {
                 return Err(Error::Unsupported(format!(
-                    "encrypted volumes ({ENCRYPTION_KEY}={key} on {:?})",
+                    "encrypted volumes ({ENCRYPTION_KEY} on {:?})",
                     storage.source
                 )));
             }
             _ => {
                 return Err(Error::Unsupported(format!(
-                    "the driver option {option:?} of a {} storage",
+                    "the driver option {key:?}, or its value, of a {} storage",
                     storage.driver
                 )));
             }
@@ -190,6 +239,57 @@ mod tests {
                 assert!(nothing_in("/run/kata-containers/sandbox/storage"));
             }
         });
+    }
+
+    #[test]
+    fn a_bound_disk_is_a_file_that_is_the_disk() {
+        use std::os::unix::fs::{FileTypeExt, MetadataExt};
+        let Some(disk) = Disk::ext4("hello") else { return };
+        alone(|| {
+            let bound =
+                |fstype: &str, options: &[&str]| Storage { fstype: fstype.into(), ..storage(options, &[]) };
+            // As the hosts send it: the type and the options of the container's own mount.
+            for (fstype, options, read_only) in [
+                ("bind", &["bind"][..], false),
+                ("bind", &["rbind", "rprivate", "rw"], false),
+                ("bind", &["ro"], true),
+                ("", &["rbind,ro", "nosuid"], true),
+            ] {
+                let mounted = run(mount, &job(bound(fstype, options), Some(&disk.node))).unwrap();
+                let there = std::fs::metadata(POINT).unwrap();
+                assert!(there.file_type().is_block_device(), "{fstype:?} {options:?}");
+                assert_eq!(there.rdev(), std::fs::metadata(&disk.node).unwrap().rdev());
+                assert!(carries_ext4(Path::new(POINT)).unwrap());
+                let mut spec = Spec::new();
+                allow_bound(&[bound(fstype, options)], &mut spec).unwrap();
+                let rule = &spec.Linux.Resources.Devices[0];
+                assert_eq!(rule.Access, if read_only { "rm" } else { "rwm" });
+                let device = (rule.Major.cast_unsigned(), rule.Minor.cast_unsigned());
+                let (major, minor) = (rustix::fs::major(there.rdev()), rustix::fs::minor(there.rdev()));
+                assert_eq!(
+                    (rule.Allow, rule.Type.as_str(), device),
+                    (true, "b", (major.into(), minor.into()))
+                );
+                let flags = rustix::fs::statvfs(POINT).unwrap().f_flag;
+                assert_eq!(flags.contains(rustix::fs::StatVfsMountFlags::RDONLY), read_only, "{options:?}");
+                mounted.undo(POINT);
+                assert!(mounts_below("/run").is_empty());
+                assert!(nothing_in("/run/kata-containers/sandbox/storage"));
+            }
+            let formatted =
+                Storage { driver_options: vec!["create_filesystem".into()], ..bound("ext4", &["bind"]) };
+            let error = run(mount, &job(formatted, Some(&disk.node))).err().unwrap();
+            assert!(matches!(error, Error::Invalid(_)), "{error}");
+            assert!(nothing_in("/run/kata-containers/sandbox/storage"));
+        });
+    }
+
+    #[test]
+    fn the_value_of_an_option_that_may_be_secret_is_not_told() {
+        for option in ["encryption_key=0123abcd", "encryption-key=0123abcd"] {
+            let error = wants_filesystem(&storage(&[], &[option])).unwrap_err().to_string();
+            assert!(error.contains("encryption") && !error.contains("0123abcd"), "{error}");
+        }
     }
 
     #[test]

@@ -17,7 +17,7 @@ use crate::error::{During, Error, Result};
 pub(super) fn mount(job: &Job, mounted: &mut Mounted) -> Result<()> {
     let storage = &job.storage;
     let mut options = Options::parse(&storage.options)?;
-    let group = options.take("fsgid");
+    let group = options.take_group()?;
     options.data.retain(|option| option != "remount");
     let kind = match storage.fstype.as_str() {
         "tmpfs" | "" => "tmpfs",
@@ -38,14 +38,14 @@ pub(super) fn mount(job: &Job, mounted: &mut Mounted) -> Result<()> {
     let target = Target::directory(&storage.mount_point, mounted)?;
     let name = if storage.source.is_empty() { kind } else { &storage.source };
     mount_on(name, &target, kind, &options, mounted)?;
-    group.map_or(Ok(()), |group| give_to_group(target.path(), &group))
+    group.map_or(Ok(()), |group| give_to_group(target.path(), group))
 }
 
 /// Gives a mounted tmpfs other options, its size above all. What the request does not name stays as it is. Blocks.
 pub(super) fn update(present: &Storage, wanted: &Storage) -> Result<()> {
     let what = || format!("update the ephemeral storage on {}", wanted.mount_point);
     let mut options = Options::parse(&wanted.options)?;
-    let group = options.take("fsgid");
+    let group = options.take_group()?;
     options.data.retain(|option| option != "remount");
     if present.fstype == "hugetlbfs" && !options.data.is_empty() {
         return Err(Error::Unsupported(format!(
@@ -64,7 +64,7 @@ pub(super) fn update(present: &Storage, wanted: &Storage) -> Result<()> {
         rustix::mount::mount_remount(target.fixed_path(), kept | options.flags | MountFlags::BIND, c"")
             .during(what)?;
     }
-    group.map_or(Ok(()), |group| give_to_group(target.path(), &group))
+    group.map_or(Ok(()), |group| give_to_group(target.path(), group))
 }
 
 /// Flags that statvfs(2) and mount(2) have in common, by the same bits.
@@ -103,8 +103,18 @@ fn reconfigure(target: &Target, options: &[String], what: impl Fn() -> String + 
 
 #[cfg(test)]
 mod tests {
+    use std::{sync::Arc, time::Duration};
+
     use super::*;
-    use crate::storage::apart::apart;
+    use crate::{
+        boot::Guest,
+        device::Devices,
+        storage::{
+            Storages,
+            apart::apart,
+            disks::{alone, mounts_below},
+        },
+    };
 
     fn storage(mount_point: &str, options: &[&str]) -> Storage {
         Storage {
@@ -179,6 +189,47 @@ mod tests {
             assert!(matches!(update(storage(&path, &["colour=red"])).await.unwrap_err(), Error::Invalid(_)));
             assert!(matches!(update(storage("/../x", &[])).await.unwrap_err(), Error::Invalid(_)));
             storages.clear().await;
+        });
+    }
+
+    #[test]
+    fn huge_pages_of_a_request_that_fails_go_back_to_the_pool() {
+        const POOLS: &str = "/sys/kernel/mm/hugepages";
+        if !std::fs::exists(format!("{POOLS}/hugepages-2048kB")).unwrap() {
+            return eprintln!("skipped: the kernel has no huge pages of 2 MiB");
+        }
+        alone(|| {
+            // A pool of the test's own.
+            rustix::mount::mount("tmpfs", POOLS, "tmpfs", MountFlags::empty(), c"").unwrap();
+            let pool = format!("{POOLS}/hugepages-2048kB/nr_hugepages");
+            std::fs::create_dir(format!("{POOLS}/hugepages-2048kB")).unwrap();
+            std::fs::write(&pool, "5").unwrap();
+            let huge = |name: &str, pages: u64| Storage {
+                fstype: "hugetlbfs".into(),
+                source: "nodev".into(),
+                ..storage(
+                    &format!("/run/kata-containers/sandbox/ephemeral/{name}"),
+                    &[&format!("pagesize=2097152,size={}", pages << 21)],
+                )
+            };
+            let bad = storage("relative", &[]);
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
+            runtime.block_on(async {
+                let devices = Arc::new(Devices::new(Duration::ZERO, false));
+                let storages = Storages::new(Arc::new(Guest::own()), devices);
+                let pages = || std::fs::read_to_string(&pool).unwrap();
+                let first = huge("first", 3);
+                storages.add_all(vec![first.clone()], Some("c1")).await.unwrap();
+                assert_eq!(pages(), "8");
+                for _ in 0..2 {
+                    let request = vec![first.clone(), huge("second", 2), bad.clone()];
+                    assert!(storages.add_all(request, Some("c2")).await.is_err());
+                    assert_eq!(pages(), "8");
+                    assert_eq!(mounts_below("/run"), [first.mount_point.as_str()]);
+                }
+                storages.clear().await;
+                assert_eq!(pages(), "5");
+            });
         });
     }
 

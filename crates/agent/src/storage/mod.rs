@@ -9,6 +9,8 @@ mod bind;
 mod block;
 mod ephemeral;
 mod fs_group;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzz;
 mod hugepages;
 mod local;
 mod mount;
@@ -23,6 +25,8 @@ mod watchable;
 mod apart;
 #[cfg(test)]
 mod disks;
+
+pub(crate) use block::{allow_bound, is_bound};
 
 use std::{
     collections::HashMap,
@@ -104,10 +108,23 @@ pub(crate) struct Storages {
 #[derive(Default)]
 struct Slot {
     users: usize,
+    /// A user has come and gone: what is to be kept may hold something.
+    used: bool,
     /// What was asked for, and what was done about it.
     mounted: Option<(Wanted, Mounted)>,
     /// The slot has left the table: whoever still holds it looks for a new one.
     gone: bool,
+}
+
+/// Why a use of a storage ends.
+#[derive(Clone, Copy, PartialEq)]
+enum End {
+    /// Whoever used it is gone.
+    User,
+    /// The request failed that wanted it: what it mounted goes, also what is otherwise kept.
+    Request,
+    /// The sandbox ends, whoever uses it.
+    Sandbox,
 }
 
 /// What a driver did.
@@ -156,7 +173,7 @@ impl Storages {
             match self.add(wanted, container).await {
                 Ok(mount_point) => added.push(mount_point),
                 Err(error) => {
-                    self.release_all(&added).await;
+                    self.cancel_all(&added).await;
                     return Err(error);
                 }
             }
@@ -239,7 +256,14 @@ impl Storages {
     /// Takes back one use of each, last first.
     pub(crate) async fn release_all(&self, mount_points: &[String]) {
         for mount_point in mount_points.iter().rev() {
-            self.release(mount_point, false).await;
+            self.release(mount_point, End::User).await;
+        }
+    }
+
+    /// The same for a request that failed; everything is as it was before.
+    pub(crate) async fn cancel_all(&self, mount_points: &[String]) {
+        for mount_point in mount_points.iter().rev() {
+            self.release(mount_point, End::Request).await;
         }
     }
 
@@ -249,18 +273,19 @@ impl Storages {
         // What is mounted below another goes first.
         mount_points.sort();
         for mount_point in mount_points.iter().rev() {
-            if tokio::time::timeout(FAREWELL, self.release(mount_point, true)).await.is_err() {
+            if tokio::time::timeout(FAREWELL, self.release(mount_point, End::Sandbox)).await.is_err() {
                 tracing::error!(mount_point, "storage was not released in time");
             }
         }
     }
 
-    async fn release(&self, mount_point: &str, last: bool) {
+    async fn release(&self, mount_point: &str, end: End) {
         let Some(slot) = lock(&self.slots).get(mount_point).cloned() else { return };
         let mut slot = slot.lock().await;
         slot.users = slot.users.saturating_sub(1);
-        let keep = slot.mounted.as_ref().is_some_and(|(_, mounted)| mounted.keep);
-        if last || (slot.users == 0 && !keep) {
+        slot.used |= end == End::User;
+        let keep = slot.used && slot.mounted.as_ref().is_some_and(|(_, mounted)| mounted.keep);
+        if end == End::Sandbox || (slot.users == 0 && !keep) {
             self.forget(mount_point, &mut slot);
             if let Some((wanted, mounted)) = slot.mounted.take() {
                 let undone = blocking(move || {
@@ -296,16 +321,22 @@ fn not_ephemeral(mount_point: &str) -> Error {
     Error::State(format!("no ephemeral storage is mounted on {mount_point:?}"))
 }
 
-/// Who finds a mount point in use gets what is there, so that must be what he asks for.
+/// Who finds a mount point in use gets what is there, so that must be what he asks for. Only in its options it may differ:
+/// hosts put each container's own limit there, and whether that container writes.
 fn same(present: &Wanted, wanted: &Wanted) -> Result<()> {
-    // Whether it outlives its users was settled by the first.
-    let storage = Storage { shared: present.storage.shared, ..wanted.storage.clone() };
+    // These, and whether it outlives its users, were settled by the first.
+    let Storage { shared, options, .. } = &present.storage;
+    let storage = Storage { shared: *shared, options: options.clone(), ..wanted.storage.clone() };
     if present.storage == storage && present.layers == wanted.layers {
+        if *options != wanted.storage.options {
+            let (mount_point, asked) = (&storage.mount_point, &wanted.storage.options);
+            tracing::warn!(mount_point, ?options, ?asked, "storage in use keeps its options");
+        }
         return Ok(());
     }
     let describe = |wanted: &Wanted| {
-        let Storage { driver, source, options, .. } = &wanted.storage;
-        format!("{driver} storage {source:?} with the options {options:?}")
+        let Storage { driver, source, fstype, .. } = &wanted.storage;
+        format!("{driver} storage {source:?} of type {fstype:?}")
     };
     Err(Error::State(format!(
         "the mount point {:?} is in use by another storage: {}, not {}",
@@ -403,10 +434,21 @@ mod tests {
         let storages = storages();
         let good = Storage { shared: false, ..local(&directory.path().join("a")) };
         let bad = Storage { mount_point: "relative".into(), ..good.clone() };
+        assert!(storages.add_all(vec![good.clone(), bad.clone()], None).await.is_err());
+        assert!(!directory.path().join("a").exists(), "also what would be kept");
+        assert!(lock(&storages.slots).is_empty());
+
+        // What a user has left stays, and so does what another still uses.
+        let added = storages.add_all(vec![good.clone()], None).await.unwrap();
+        let data = directory.path().join("a/data");
+        std::fs::write(&data, "x").unwrap();
+        assert!(storages.add_all(vec![good.clone(), bad.clone()], None).await.is_err());
+        assert!(data.exists());
+        storages.release_all(&added).await;
         assert!(storages.add_all(vec![good, bad], None).await.is_err());
-        let slots: Vec<_> = lock(&storages.slots).values().cloned().collect();
-        assert_eq!(slots.len(), 1, "the good one was there, and is kept");
-        assert_eq!(slots[0].lock().await.users, 0);
+        assert!(data.exists());
+        storages.clear().await;
+        assert!(!data.exists());
     }
 
     /// A bind of `/run/from` to `/run/to`, which is not kept.
@@ -446,18 +488,24 @@ mod tests {
     }
 
     #[test]
-    fn a_second_user_gets_what_it_asks_for_or_an_error() {
+    fn a_second_user_gets_what_is_there_or_an_error() {
         alone_with(async |storages| {
             std::fs::write("/run/from", "x").unwrap();
             std::fs::write("/run/other", "y").unwrap();
             storages.add_all(vec![bound(&["ro"])], Some("a")).await.unwrap();
             let other = Storage { source: "/run/other".into(), ..bound(&["ro"]) };
-            for storage in [bound(&[]), other] {
+            let typed = Storage { fstype: "ext4".into(), ..bound(&["ro"]) };
+            let driven = Storage { driver: "overlayfs".into(), ..bound(&["ro"]) };
+            for storage in [other, typed, driven] {
                 let error = storages.add_all(vec![storage], Some("b")).await.unwrap_err();
                 assert!(matches!(&error, Error::State(text) if text.contains("/run/to")), "{error}");
             }
             let shared = Storage { shared: true, ..bound(&["ro"]) };
             storages.add_all(vec![shared], Some("c")).await.unwrap();
+            // Options are those of the first.
+            storages.add_all(vec![bound(&["rw"])], Some("d")).await.unwrap();
+            assert_eq!(disks::mounts_below("/run"), ["/run/to"]);
+            assert!(std::fs::write("/run/to", "z").is_err(), "it is still read-only");
             storages.clear().await;
             assert!(disks::mounts_below("/run").is_empty());
         });

@@ -66,6 +66,13 @@ impl Options {
         let index = self.data.iter().position(|option| option.starts_with(&prefix))?;
         Some(self.data.remove(index).split_off(prefix.len()))
     }
+
+    /// Takes the group of `fsgid=<gid>` out of the rest.
+    pub(super) fn take_group(&mut self) -> Result<Option<u32>> {
+        let read =
+            |gid: String| gid.parse().map_err(|_| Error::Invalid(format!("fsgid={gid} is not a group id")));
+        self.take("fsgid").map(read).transpose()
+    }
 }
 
 fn flag(option: &str) -> Option<(bool, MountFlags)> {
@@ -140,6 +147,11 @@ impl Target {
             (true, true) => mounted.did(Undo::RemoveFile(self.path.clone())),
         }
         self
+    }
+
+    /// Whether it was missing and is the agent's.
+    pub(super) fn made(&self) -> bool {
+        self.made
     }
 
     /// What is mounted on it, or would be hidden by a mount.
@@ -287,10 +299,9 @@ pub(super) fn source(path: &str) -> Result<(Target, bool)> {
 }
 
 /// Hands a directory to a group, whose members then own what is made in it.
-pub(super) fn give_to_group(path: &Path, gid: &str) -> Result<()> {
+pub(super) fn give_to_group(path: &Path, gid: u32) -> Result<()> {
     use std::os::unix::fs::PermissionsExt;
     let what = || format!("give {} to group {gid}", path.display());
-    let gid: u32 = gid.parse().map_err(|_| Error::Invalid(format!("fsgid={gid} is not a group id")))?;
     std::os::unix::fs::chown(path, None, Some(gid)).during(what)?;
     let mode = std::fs::metadata(path).during(what)?.permissions().mode();
     std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode | 0o2000)).during(what)
@@ -344,6 +355,9 @@ mod tests {
         assert_eq!(options.take("fsgid").as_deref(), Some("5"));
         assert_eq!(options.take("fsgid"), None);
         assert_eq!(options.data, ["size=1k"]);
+        assert_eq!(parse(&["size=1k", "fsgid=5"]).take_group().unwrap(), Some(5));
+        assert_eq!(parse(&["size=1k"]).take_group().unwrap(), None);
+        assert!(parse(&["fsgid=-1"]).take_group().is_err());
     }
 
     #[test]

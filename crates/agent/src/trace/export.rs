@@ -144,6 +144,15 @@ fn time(json: &mut String, name: &str, time: SystemTime) {
         write!(json, ",\"{name}\":{{\"secs_since_epoch\":{seconds},\"nanos_since_epoch\":{nanoseconds}}}");
 }
 
+#[cfg(any(test, fuzzing))]
+impl Finished {
+    /// Whether it is JSON; the numbers of traces are larger than those of most readers.
+    pub(super) fn fuzz(&self) {
+        let read = serde_json::from_str::<serde_json::Value>(&self.json());
+        assert!(read.is_ok(), "{}: {read:?}", self.json());
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use tokio::{

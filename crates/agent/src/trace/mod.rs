@@ -139,6 +139,18 @@ fn random() -> u64 {
     RandomState::new().build_hasher().finish().max(1)
 }
 
+#[cfg(any(test, fuzzing))]
+/// Lines of traceparent, tracestate and why a request failed: the span is JSON.
+pub(crate) fn fuzz(text: &str) {
+    let [parent, state, failure] = crate::fuzz::words(text).map(str::to_owned);
+    let metadata = [("traceparent".into(), vec![parent]), ("tracestate".into(), vec![state])];
+    let parent = context::Parent::of(&metadata.into());
+    assert!(parent.trace != 0 && parent.state.len() <= 32);
+    let now = std::time::SystemTime::now();
+    let span = export::Finished { name: "x", id: 1, parent, start: now, end: now, failure: Some(failure) };
+    span.fuzz();
+}
+
 #[cfg(test)]
 mod tests {
     use std::collections::HashMap;

@@ -365,6 +365,17 @@ fn gone(error: &io::Error) -> bool {
     error.kind() == io::ErrorKind::NotFound || error.raw_os_error() == Some(libc::ENODEV)
 }
 
+#[cfg(any(test, fuzzing))]
+/// Limits of anybody: each is for a file right in the cgroup, and is one line.
+pub(crate) fn fuzz_limits(resources: &LinuxResources) {
+    let _ = refuse_limits(resources);
+    for present in [None, Some("max"), Some("10000 100000")] {
+        for setting in limits::settings(resources, &|_| present.map(str::to_owned)).into_iter().flatten() {
+            assert!(!setting.file.contains('/') && !setting.value.contains('\n'), "{setting:?}");
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

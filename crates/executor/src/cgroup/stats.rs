@@ -218,6 +218,14 @@ pub(super) fn optional(path: &Path) -> Result<Option<String>, Error> {
     }
 }
 
+#[cfg(any(test, fuzzing))]
+/// Files of anybody.
+pub(crate) fn fuzz(text: &str) {
+    let file = |_: &str| Ok::<_, Error>(Some(text.to_owned()));
+    let _ = (cpu(text), memory(&file), keyed(text), number(text), limit(Some(text)));
+    let _: Vec<_> = text.lines().map(io_line).collect();
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -21,6 +21,9 @@ mod rootfs;
 mod terminal;
 mod user;
 
+#[cfg(any(test, fuzzing))]
+pub(crate) use user::fuzz as fuzz_user;
+
 use std::{
     ffi::CString,
     io,

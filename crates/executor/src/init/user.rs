@@ -79,6 +79,12 @@ pub(super) fn lines(root: &Root, path: &str) -> impl Iterator<Item = Vec<u8>> {
     file.into_iter().flat_map(|file| BufReader::new(file.take(MAX_FILE)).split(b'\n').map_while(Result::ok))
 }
 
+#[cfg(any(test, fuzzing))]
+/// Names of anybody in files of anybody.
+pub(crate) fn fuzz(root: &Root, name: &str) {
+    let _ = (user(root, name), group(root, name));
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -19,7 +19,7 @@ pub(super) fn run(program: &[u64], arch: u32, nr: u32, args: [u64; 6]) -> u32 {
             0x20 => {
                 let at = k as usize;
                 assert_eq!(at % 4, 0);
-                accumulator = u32::from_le_bytes(data[at..at + 4].try_into().unwrap());
+                accumulator = u32::from_le_bytes(std::array::from_fn(|byte| data[at + byte]));
             }
             0x54 => accumulator &= k,
             0x05 => pc += k as usize,
