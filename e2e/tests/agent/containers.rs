@@ -60,6 +60,14 @@ fn limits_are_set_updated_and_counted(scratch: &Scratch) -> anyhow::Result<()> {
         let memory = wanted.Memory.mut_or_insert_default();
         (memory.Limit, memory.Swap, memory.Reservation) = (64 << 20, 96 << 20, 16 << 20);
         wanted.Pids.mut_or_insert_default().Limit = 20;
+        // What a host says of its own kernel: sizes of huge pages, an AppArmor profile, preferences of version 1.
+        memory.Swappiness = 60;
+        for size in ["64KB", "2MB", "1GB", "16GB"] {
+            wanted
+                .HugepageLimits
+                .push(oci::LinuxHugepageLimit { Pagesize: size.into(), ..Default::default() });
+        }
+        limited.Process.mut_or_insert_default().ApparmorProfile = "cri-containerd.apparmor.d".into();
         agent.run_spec("c1", limited).await?;
         let set = [
             ("cpu.weight", "1"),

@@ -197,7 +197,7 @@ fn concurrent_create_and_delete_leaves_nothing(scratch: &Scratch) -> anyhow::Res
         agent.run("warm", &["true"]).await?;
         agent.wait("warm", "").await?;
         agent.remove("warm").await?;
-        let descriptors = agent.descriptors()?;
+        let descriptors = settled(agent).await?;
         let work = (0..16).map(|worker| async move {
             for round in 0..12 {
                 // Six names for sixteen workers.
@@ -220,11 +220,8 @@ fn concurrent_create_and_delete_leaves_nothing(scratch: &Scratch) -> anyhow::Res
         let children = format!("/proc/{0}/task/{0}/children", agent.pid()?);
         let children = std::fs::read_to_string(children)?;
         ensure!(children.is_empty(), "processes are left: {children}");
-        ensure!(
-            agent.descriptors()? == descriptors,
-            "{descriptors} descriptors became {}",
-            agent.descriptors()?
-        );
+        let left = settled(agent).await?;
+        ensure!(left == descriptors, "{descriptors} descriptors became {left}");
         agent.run("after", &["true"]).await?;
         ensure!(agent.wait("after", "").await? == 0);
         Ok(())
@@ -237,5 +234,16 @@ fn allowed<T>(result: ttrpc::Result<T>) -> anyhow::Result<()> {
     match Kind::of_error(&error) {
         Kind::AlreadyExists | Kind::NotFound | Kind::InvalidArgument | Kind::FailedPrecondition => Ok(()),
         kind => bail!("{kind:?}: {error}"),
+    }
+}
+
+/// The agent's descriptors, once the last of what was removed has been closed behind the answer.
+async fn settled(agent: &Agent) -> anyhow::Result<usize> {
+    loop {
+        let before = agent.descriptors()?;
+        tokio::time::sleep(Duration::from_millis(200)).await;
+        if agent.descriptors()? == before {
+            return Ok(before);
+        }
     }
 }
