@@ -10,7 +10,7 @@ use crate::{
     Node, Root, cgroup, device_filter,
     hooks::Hooks,
     init,
-    plan::{self, Host, Plan},
+    plan::{self, Host, Plan, labels},
     seccomp,
 };
 
@@ -36,14 +36,18 @@ pub const TARGETS: &[(&str, Target)] = &[
 /// A spec: its plan is the same for the child that reads it, its filters end, its limits can be told.
 pub fn oci_spec(data: &[u8]) {
     let Some((first, data)) = data.split_first() else { return };
-    let Ok(spec) = oci::Spec::parse_from_bytes(data) else { return };
+    let Ok(mut spec) = oci::Spec::parse_from_bytes(data) else { return };
+    let enforced = |module, _: &str| first & if module == labels::Module::AppArmor { 1 } else { 2 } != 0;
+    let labelled = spec.Process.clone();
+    labels::leave_out(&mut spec, &enforced);
     let host = Host { capabilities: u64::MAX >> 23, owns_machine: first & 4 != 0 };
     if let Ok(plan) = plan::create(&spec, host, (first & 8 != 0).then_some("/x")) {
         let sent = postcard::to_allocvec(&plan).expect("a plan can be sent");
         assert_eq!(postcard::from_bytes::<Plan>(&sent).ok(), Some(plan));
     }
-    if let Some(process) = spec.Process.as_ref() {
-        let _ = plan::exec(process, &spec, None, host, Vec::new(), false);
+    if let (Some(mut process), Some(init)) = (labelled.into_option(), spec.Process.as_ref()) {
+        labels::inherit(&mut process, init, &enforced);
+        let _ = plan::exec(&process, &spec, None, host, Vec::new(), false);
     }
     let _ = Hooks::new("x", &spec);
     if let Some(linux) = spec.Linux.as_ref() {
