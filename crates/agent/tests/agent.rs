@@ -99,7 +99,7 @@ async fn removing_kills_and_leaves_nothing() {
     for round in 0..5 {
         // The first container leaves what serves all of them.
         if round == 1 {
-            descriptors = agent.descriptors();
+            descriptors = agent.settled_descriptors().await;
         }
         let id = format!("round{round}");
         agent.run(&id, &["sh", "-c", "sleep 1000 & sleep 1000"]).await;
@@ -108,7 +108,7 @@ async fn removing_kills_and_leaves_nothing() {
     }
     let children = std::fs::read_to_string(format!("/proc/{0}/task/{0}/children", agent.pid())).unwrap();
     assert_eq!(children, "", "no process is left");
-    assert_eq!(agent.descriptors(), descriptors);
+    assert_eq!(agent.settled_descriptors().await, descriptors);
 }
 
 #[tokio::test]

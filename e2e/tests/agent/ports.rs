@@ -217,14 +217,14 @@ fn streams_flow_over_connections_of_the_host(scratch: &Scratch) -> anyhow::Resul
 
         // Without input nothing is typed into a terminal.
         let (mut stdout, stdout_port) = agent.dial_from(ports::STREAMS).await?;
-        let line = "read -t 2 line; echo \"<$?>\"";
+        let line = "timeout 2 cat; echo \"<$?>\"";
         agent
             .client
             .exec_process(context(), &request("e7", &["sh", "-c", line], true, [0, stdout_port, 0]))
             .await?;
         let mut out = String::new();
         within("output", stdout.read_to_string(&mut out)).await??;
-        ensure!(out.contains("<142>"), "it did not wait for input: {out:?}");
+        ensure!(out.contains("<143>"), "it did not wait for input: {out:?}");
 
         // A port that nobody connected from is named, and nothing was started.
         let refused =

@@ -230,6 +230,17 @@ impl Agent {
         std::fs::read_dir(format!("/proc/{}/fd", self.pid())).unwrap().count()
     }
 
+    /// The same, once the last of what was removed has been closed, which happens behind the answer.
+    pub(crate) async fn settled_descriptors(&self) -> usize {
+        loop {
+            let before = self.descriptors();
+            tokio::time::sleep(Duration::from_millis(100)).await;
+            if self.descriptors() == before {
+                return before;
+            }
+        }
+    }
+
     /// Ends the sandbox; how the agent then ended.
     pub(crate) async fn destroy(mut self) -> ExitStatus {
         self.client.destroy_sandbox(context(), &DestroySandboxRequest::new()).await.unwrap();
