@@ -191,7 +191,7 @@ mod tests {
             message.fields().iter().find(|field| field.name() == name).unwrap().shape
         };
         assert_eq!(field("Storage", "options"), Shape::Repeated(Kind::String));
-        assert_eq!(field("CopyFileRequest", "offset"), Shape::Single(Kind::Int32));
+        assert_eq!(field("CopyFileRequest", "offset"), Shape::Single(Kind::Int64));
         assert_eq!(field("MemAgentMemcgConfig", "swap"), Shape::Optional(Kind::Bool));
         assert_eq!(field("LinuxSyscall", "errnoret").choice(), Some("ErrnoRet"));
         assert!(matches!(field("Spec", "Annotations"), Shape::Map(Kind::Message(_))));
